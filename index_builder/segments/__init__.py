@@ -1,0 +1,1 @@
+"""Immutable index files: written once, verified, memory-mapped, merged."""

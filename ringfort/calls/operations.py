@@ -1,0 +1,49 @@
+"""Calls of the IndexService, the ModelService and the ClusterService; they answer the messages themselves."""
+
+from protos.ringfort import v1 as pb
+from ringfort.calls.call import Call, whole
+
+
+def reindex(
+    collection: str, *, model: str = "", index: str = "", source_collection: str = ""
+) -> Call[pb.Job, pb.Job]:
+    """Starts building a new generation beside the live one: another model, index or source."""
+    request = pb.ReindexRequest(
+        collection=collection,
+        model=model,
+        index=pb.IndexSpec(kind=index),
+        source_collection=source_collection,
+    )
+    return Call("IndexService/Reindex", request, pb.Job, whole, repeatable=False)
+
+
+def job(id: str) -> Call[pb.Job, pb.Job]:
+    """Where a long operation stands."""
+    return Call("IndexService/GetJob", pb.GetJobRequest(id=id), pb.Job, whole)
+
+
+def activate(collection: str, generation: int) -> Call[pb.ActivateResponse, pb.ActivateResponse]:
+    """Makes a built generation the live one."""
+    request = pb.ActivateRequest(collection=collection, generation=generation)
+    return Call("IndexService/Activate", request, pb.ActivateResponse, whole, repeatable=False)
+
+
+def rollback(collection: str) -> Call[pb.ActivateResponse, pb.ActivateResponse]:
+    """Returns to the generation that was live before."""
+    request = pb.RollbackRequest(collection=collection)
+    return Call("IndexService/Rollback", request, pb.ActivateResponse, whole, repeatable=False)
+
+
+def models() -> Call[pb.ListModelsResponse, pb.ListModelsResponse]:
+    """Every version of every embedding model and ranker."""
+    return Call("ModelService/List", pb.ListModelsRequest(), pb.ListModelsResponse, whole)
+
+
+def cluster() -> Call[pb.DescribeResponse, pb.DescribeResponse]:
+    """The service's release, limits, parts, and the state of every replica."""
+    return Call("ClusterService/Describe", pb.DescribeRequest(), pb.DescribeResponse, whole)
+
+
+def cache_stats() -> Call[pb.CacheStatsResponse, pb.CacheStatsResponse]:
+    """What each tier of the cache holds and how often it was hit."""
+    return Call("ClusterService/CacheStats", pb.CacheStatsRequest(), pb.CacheStatsResponse, whole)

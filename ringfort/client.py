@@ -1,0 +1,250 @@
+"""The client for code that waits for each answer."""
+
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
+
+from protos.ringfort import v1 as pb
+from ringfort import channel as channels
+from ringfort import upload as uploads
+from ringfort.calls import collections as collection_calls
+from ringfort.calls import documents as document_calls
+from ringfort.calls import embedding as embedding_calls
+from ringfort.calls import operations as operation_calls
+from ringfort.calls import search as search_calls
+from ringfort.calls.call import Call, M, method_signature
+from ringfort.documents import Document
+from ringfort.errors import RingfortError, Unavailable, from_rpc
+from ringfort.results import WriteResult
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _method(build: Callable[P, Call[M, T]]) -> "Callable[Concatenate[Client, P], T]":
+    """The method that sends the call `build` makes and gives its answer as a value."""
+
+    @wraps(build)
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = build(*args, **kwargs)
+        return call.read(self.send(call))
+
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]  # for help()
+    return method
+
+
+class Client:
+    """A connection to a service at HOST:PORT (by default RINGFORT_SERVER, or 127.0.0.1:7700).
+
+    A context manager, safe to share between threads. Every call ends within `timeout_s`; an upsert gives
+    each batch at least half of that. What can be repeated is sent again, a few times, while the service
+    is away. Failures are raised as ringfort.RingfortError. `tls` is True for the system's roots, or gRPC
+    credentials.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        *,
+        api_key: str | None = None,
+        tls: bool | grpc.ChannelCredentials | None = None,
+        timeout_s: float = channels.DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self.server = channels.server_address(server)
+        self._timeout_s = timeout_s
+        self._metadata = channels.metadata(api_key)
+        credentials = channels.credentials(tls)
+        #: By whether gRPC may send a call again; each connects on its first call.
+        self._channels = {retries: self._channel(credentials, retries) for retries in (True, False)}
+        self._sends: dict[tuple[str, bool], grpc.UnaryUnaryMultiCallable[Any, Any]] = {}
+
+    def _channel(self, credentials: grpc.ChannelCredentials | None, retries: bool) -> grpc.Channel:
+        options = channels.options(retries=retries)
+        if credentials is None:
+            return grpc.insecure_channel(self.server, options)
+        return grpc.secure_channel(self.server, credentials, options)
+
+    create_collection = _method(collection_calls.create_collection)
+    collection = _method(collection_calls.collection)
+    collections = _method(collection_calls.collections)
+    delete_collection = _method(collection_calls.delete_collection)
+    set_alias = _method(collection_calls.set_alias)
+    patch = _method(document_calls.patch)
+    delete = _method(document_calls.delete)
+    get = _method(document_calls.get)
+    scan_page = _method(document_calls.scan_page)
+    count = _method(document_calls.count)
+    search = _method(search_calls.search)
+    batch_search = _method(search_calls.batch_search)
+    recommend = _method(search_calls.recommend)
+    embed = _method(embedding_calls.embed)
+    rerank = _method(embedding_calls.rerank)
+    reindex = _method(operation_calls.reindex)
+    job = _method(operation_calls.job)
+    activate = _method(operation_calls.activate)
+    rollback = _method(operation_calls.rollback)
+    models = _method(operation_calls.models)
+    cluster = _method(operation_calls.cluster)
+    cache_stats = _method(operation_calls.cache_stats)
+
+    def scan(
+        self,
+        collection: str,
+        *,
+        filter: str | pb.Filter | None = None,
+        include: Iterable[str] | None = None,
+        page_size: int = 0,
+    ) -> Iterator[Document]:
+        """Every document (that matches the filter), in a fixed order, fetched page by page."""
+        page_token = ""
+        while True:
+            page, page_token = self.scan_page(
+                collection, filter=filter, include=include, page_size=page_size, page_token=page_token
+            )
+            yield from page
+            if not page_token:
+                return
+
+    def upsert(
+        self,
+        collection: str,
+        documents: Iterable[document_calls.AnyDocument],
+        *,
+        wait: str = "VISIBLE",
+        batch: int = 256,
+        truncate: bool = False,
+    ) -> WriteResult:
+        """Writes whole documents, however many; each replaces what had its id.
+
+        Documents are `Document` or dicts with its fields, taken from the iterable as fast as the service
+        acknowledges them. One that is refused is among the result's `failures` and stops nothing.
+        `wait` is VISIBLE (also searchable) or DURABLE (committed).
+        """
+        return WriteResult.total(
+            self.upsert_stream(collection, documents, wait=wait, batch=batch, truncate=truncate)
+        )
+
+    def upsert_stream(
+        self,
+        collection: str,
+        documents: Iterable[document_calls.AnyDocument],
+        *,
+        wait: str = "VISIBLE",
+        batch: int = 256,
+        truncate: bool = False,
+    ) -> Iterator[WriteResult]:
+        """The same, giving the result of each batch as it is acknowledged, in the documents' order."""
+        batcher = document_calls.Batcher(collection, wait, batch, truncate)
+        requests = document_calls.upsert_requests(documents, batcher)
+        upload = uploads.Upload(self._timeout_s)
+        stream = _UpsertStream(self._channels[True], self.server, self._metadata, self._timeout_s)
+        try:
+            while not isinstance(step := upload.next(time.monotonic()), uploads.Done):
+                match step:
+                    case uploads.Fill():
+                        upload.filled(next(requests, None))
+                    case uploads.Open():
+                        stream.open()
+                    case uploads.Send(request):
+                        stream.send(request)
+                    case uploads.Receive():
+                        try:
+                            result = upload.answered(stream.receive())
+                        except RingfortError as error:
+                            stream.cancel()
+                            upload.broke(error, time.monotonic())
+                        else:
+                            yield result
+                    case uploads.Close():
+                        stream.close()
+                    case uploads.Pause(seconds):
+                        time.sleep(seconds)
+        finally:
+            stream.cancel()
+
+    def send(self, call: Call[M, T]) -> M:
+        """The service's answer to a call, as the message it came in."""
+        key = (call.method, call.repeatable)
+        if key not in self._sends:
+            self._sends[key] = self._channels[call.repeatable].unary_unary(
+                call.path,
+                request_serializer=type(call.request).SerializeToString,
+                response_deserializer=call.answer.FromString,
+            )
+        try:
+            answer: M = self._sends[key](call.request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.server) from error
+        return answer
+
+    def close(self) -> None:
+        """Ends the connection; calls on their way fail."""
+        for each in self._channels.values():
+            each.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _UpsertStream:
+    """UpsertStream one step at a time: what was sent comes out of a queue in gRPC's own thread."""
+
+    def __init__(
+        self, channel: grpc.Channel, server: str, metadata: channels.Metadata, timeout_s: float
+    ) -> None:
+        self._rpc = channel.stream_stream(
+            "/ringfort.v1.DocumentService/UpsertStream",
+            request_serializer=pb.UpsertRequest.SerializeToString,
+            response_deserializer=pb.UpsertResponse.FromString,
+        )
+        self._server, self._metadata, self._timeout_s = server, metadata, timeout_s
+        self._requests: queue.SimpleQueue[pb.UpsertRequest | None] = queue.SimpleQueue()
+        self._call: Any = None
+
+    def open(self) -> None:
+        """Opens a stream that lasts `timeout_s` at most."""
+        self._requests = queue.SimpleQueue()
+        self._call = self._rpc(
+            iter(self._requests.get, None), timeout=self._timeout_s, metadata=self._metadata
+        )
+
+    def send(self, request: pb.UpsertRequest) -> None:
+        """Hands a request to gRPC; what goes wrong with it shows in `receive`."""
+        self._requests.put(request)
+
+    def receive(self) -> pb.UpsertResponse:
+        """The next answer. Raises RingfortError; Unavailable also where the stream ended early."""
+        try:
+            answer: pb.UpsertResponse | None = next(self._call, None)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self._server) from error
+        if answer is None:
+            raise Unavailable(f"the service at {self._server} ended the stream early")
+        return answer
+
+    def close(self) -> None:
+        """Says that nothing more comes and waits until the service has ended the stream too."""
+        self._requests.put(None)
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError:
+            pass  # everything was acknowledged before
+        self._call = None
+
+    def cancel(self) -> None:
+        """Drops the stream, if one is open."""
+        if self._call is not None:
+            self._requests.put(None)
+            self._call.cancel()
+            self._call = None

@@ -1,0 +1,1 @@
+"""The parts that do I/O, and the two compositions of them."""

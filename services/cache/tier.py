@@ -1,0 +1,140 @@
+"""The cache that callers see: L1 in this process, Redis behind it, opaque bytes in both."""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from services.cache.policy import ENTRY_BYTES, S3Fifo
+from services.cache.redis_tier import RedisTier
+
+_NO_REDIS: dict[str, int | str] = {
+    "name": "REDIS",
+    "hits": 0,
+    "misses": 0,
+    "entries": 0,
+    "bytes": 0,
+    "evictions": 0,
+    "errors": 0,
+    "state": "off",
+}
+
+
+class Found(NamedTuple):
+    """A value, and the tier that had it: `L1` or `REDIS`."""
+
+    value: bytes
+    tier: str
+
+
+class CacheTier:
+    """Values by key from the nearest tier that has them; a hint, whose loss costs time and nothing else.
+
+    No method raises for what happens to Redis, and `get_many` never waits longer than `op_timeout_ms`.
+    `l1_bytes` 0 turns L1 off, `redis_url` None turns Redis off; a ValueError where it is not a URL. All
+    of it belongs to one event loop. `rng` spreads the pauses between probes.
+    """
+
+    def __init__(
+        self,
+        *,
+        l1_bytes: int,
+        redis_url: str | None,
+        op_timeout_ms: int = 50,
+        max_pending: int = 10_000,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._l1: S3Fifo[bytes] = S3Fifo(l1_bytes)
+        self._l1_hits = 0
+        self._l1_misses = 0
+        self._redis: RedisTier | None = None
+        if redis_url is not None:
+            self._redis = RedisTier(
+                redis_url,
+                self._promote,
+                op_timeout_ms=op_timeout_ms,
+                max_pending=max_pending,
+                rng=rng or random.Random(),
+            )
+
+    async def open(self) -> None:
+        """Looks for Redis, a second at most; one that is away is used when it comes."""
+        if self._redis:
+            await self._redis.open()
+
+    async def close(self) -> None:
+        """Writes what is queued for Redis, a second at most, and leaves it."""
+        if self._redis:
+            await self._redis.close()
+
+    def peek(self, key: bytes) -> bytes | None:
+        """The value in L1, if it is there. A miss is not counted: the `get_many` that follows counts it."""
+        value = self._l1.get(key)
+        if value is not None:
+            self._l1_hits += 1
+        return value
+
+    async def get_many(self, keys: Sequence[bytes]) -> list[Found | None]:
+        """What the tiers hold, in the order of the keys; a value found in Redis is in L1 from then on."""
+        found: list[Found | None] = []
+        missing: list[bytes] = []
+        for key in keys:
+            value = self._l1.get(key)
+            if value is None:
+                missing.append(key)
+                found.append(None)
+            else:
+                found.append(Found(value, "L1"))
+        self._l1_hits += len(keys) - len(missing)
+        self._l1_misses += len(missing)
+        if not missing or not self._redis:
+            return found
+        values = await self._redis.reads.fetch(missing)
+        if values:
+            for i, key in enumerate(keys):
+                if found[i] is None and (value := values.get(key)) is not None:
+                    found[i] = Found(value, "REDIS")
+        return found
+
+    def put_many(self, items: Sequence[tuple[bytes, bytes]], *, ttl_s: float | None = None) -> None:
+        """Hold the values: in L1 at once, in Redis soon, where they live `ttl_s` seconds.
+
+        L1 forgets by use, not by time: a value must say itself until when it holds.
+        """
+        for key, value in items:
+            self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
+            if self._redis:
+                self._redis.writes.offer(key, value, ttl_s)
+
+    def drop(self, key: bytes) -> None:
+        """Forget the key in L1, so that the next `get_many` asks Redis."""
+        self._l1.delete(key)
+
+    def _promote(self, key: bytes, value: bytes) -> None:
+        """A value that came from Redis; one put here in the meantime is newer and stays."""
+        if key not in self._l1:
+            self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
+
+    def tiers(self) -> list[dict[str, int | str]]:
+        """A line of CacheStats for each tier, nearest first; state is up, down or off."""
+        l1: dict[str, int | str] = {
+            "name": "L1",
+            "hits": self._l1_hits,
+            "misses": self._l1_misses,
+            "entries": len(self._l1),
+            "bytes": self._l1.held_bytes,
+            "evictions": self._l1.evictions,
+            "errors": 0,
+            "state": "up" if self._l1.budget_bytes else "off",
+        }
+        return [l1, self._redis.describe() if self._redis else dict(_NO_REDIS)]
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges of both tiers."""
+        return {
+            "l1_hits_total": self._l1_hits,
+            "l1_misses_total": self._l1_misses,
+            "l1_entries": len(self._l1),
+            "l1_bytes": self._l1.held_bytes,
+            "l1_evictions_total": self._l1.evictions,
+            **(self._redis.stats() if self._redis else {}),
+        }

@@ -1,0 +1,173 @@
+"""Every setting in one frozen tree: defaults, then a YAML file, then RINGFORT_GATEWAY__PORT-like variables.
+
+Only the composition roots read it; parts get plain values. An unknown key fails.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+
+class Section(BaseModel):
+    """One room's settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(Section):
+    """What a request may ask for; answered by ClusterService.Describe."""
+
+    max_k: int = Field(1_000, ge=1)
+    max_batch_rows: int = Field(2_048, ge=1)
+    max_text_bytes: int = Field(32 * 1024, ge=1)
+    max_attributes_bytes: int = Field(16 * 1024, ge=1)
+    max_request_bytes: int = Field(16 * 1024 * 1024, ge=1024)
+    max_id_bytes: int = Field(256, ge=1)
+
+
+class GatewaySettings(Section):
+    """The two listening ports and what is let through them."""
+
+    grpc: str = "127.0.0.1:7700"
+    http: str = "127.0.0.1:7780"
+    #: Listen beyond loopback although neither TLS nor keys are configured.
+    insecure: bool = False
+    #: Requests under way at once; more are refused with RESOURCE_EXHAUSTED.
+    max_in_flight: int = Field(1_024, ge=1)
+    #: The deadline of a call that brings none.
+    default_timeout_s: float = Field(30.0, gt=0)
+    #: How long a stop waits for the calls under way.
+    drain_s: float = Field(5.0, ge=0)
+    #: PEM files; both or neither.
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    #: API key -> tenant. Empty: no keys asked for, the tenant is `default`.
+    api_keys: dict[str, str] = Field(default_factory=dict)
+    #: Requests a second and key; 0 is unlimited.
+    rate_per_key: float = Field(0.0, ge=0)
+    limits: Limits = Limits()
+
+
+class EmbedderSettings(Section):
+    """The default model and how it is run."""
+
+    precision: str = Field("int8", pattern="^(int8|fp32)$")
+    #: Inference threads; 0 means the CPUs this process really has.
+    workers: int = Field(0, ge=0)
+    queue_texts: int = Field(8_192, ge=1)
+    #: A sentence-transformers directory in place of the packaged model.
+    source: Path | None = None
+
+
+class RankerSettings(Section):
+    """The second stage."""
+
+    default_candidates: int = Field(100, ge=1)
+
+
+class ShardSettings(Section):
+    """How documents become searchable."""
+
+    #: A memtable is sealed into a segment at this many rows.
+    memtable_rows: int = Field(8_192, ge=16)
+    #: How often a replica looks at the log when nobody told it to.
+    poll_ms: int = Field(500, ge=10)
+    #: Search threads; 0 means the CPUs this process really has.
+    threads: int = Field(0, ge=0)
+    device: str = Field("cpu", pattern="^(auto|cpu|cuda:[0-9]+)$")
+
+
+class CacheSettings(Section):
+    """The two tiers."""
+
+    #: An existing server; otherwise one is started from its wheel.
+    redis_url: str | None = None
+    l1_bytes: int = Field(64 * 1024 * 1024, ge=0)
+    redis_max_bytes: int = Field(256 * 1024 * 1024, ge=1024 * 1024)
+    op_timeout_ms: int = Field(50, ge=1)
+    embedding_ttl_s: float = Field(7 * 24 * 3600.0, gt=0)
+    answer_ttl_s: float = Field(3600.0, gt=0)
+
+
+class MetadataSettings(Section):
+    """Postgres, the truth and the log."""
+
+    #: An existing server; otherwise one is started from its wheel.
+    postgres_url: str | None = None
+    pool_size: int = Field(8, ge=2)
+    statement_timeout_ms: int = Field(10_000, ge=100)
+
+
+class IndexSettings(Section):
+    """What a collection gets that does not say otherwise."""
+
+    slots: int = Field(128, ge=1, le=65_536)
+    shards: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1)
+
+
+class Config(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="RINGFORT_", env_nested_delimiter="__"
+    )
+
+    gateway: GatewaySettings = GatewaySettings()
+    embedder: EmbedderSettings = EmbedderSettings()
+    ranker: RankerSettings = RankerSettings()
+    shard: ShardSettings = ShardSettings()
+    cache: CacheSettings = CacheSettings()
+    metadata: MetadataSettings = MetadataSettings()
+    index: IndexSettings = IndexSettings()
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or out of range; one sentence."""
+
+
+def load(file: Path | None, **overrides: dict[str, Any]) -> Config:
+    """The tree from defaults, `file`, the environment and `overrides`, in rising strength.
+
+    ConfigError names the key that is unknown or out of range.
+    """
+    if file is not None and not file.is_file():
+        raise ConfigError(f"no configuration file at {file}")
+
+    class Sources(Config):
+        """The tree, with this call's file among its sources."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+
+    try:
+        config = Sources(**overrides)  # type: ignore[arg-type]  # sections arrive as mappings
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except Exception as error:  # a YAML file that does not parse has no error class of its own here
+        raise ConfigError(f"configuration file {file}: {error}".splitlines()[0]) from error
+    unknown = [
+        name for name in os.environ
+        if name.startswith("RINGFORT_") and "__" in name
+        and name.removeprefix("RINGFORT_").split("__")[0].lower() not in Config.model_fields
+    ]  # fmt: skip
+    if unknown:
+        raise ConfigError(f"setting {unknown[0]}: there is no such section")
+    return config

@@ -1,0 +1,267 @@
+"""The embedded composition: every part in one process, with Postgres and Valkey as its children.
+
+Here the parts get to know each other; nothing else reads the configuration.
+"""
+
+import asyncio
+import functools
+import ipaddress
+import logging
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from index_builder.models.build import ensure_model
+from index_builder.models.manifest import ModelManifest
+from services.cache.tier import CacheTier
+from services.config import Config, GatewaySettings
+from services.data_dir import DataDir, StartupError
+from services.embedder.cpus import usable_cpus
+from services.embedder.embedder import Embedder
+from services.embedder.onnx_model import OnnxModel
+from services.gateway.admission import Admission
+from services.gateway.answers import Answers
+from services.gateway.catalog import Catalog
+from services.gateway.documents import Documents
+from services.gateway.embeddings import Embeddings
+from services.gateway.http import Http, listen
+from services.gateway.ingest import Ingest
+from services.gateway.recommend import Recommend
+from services.gateway.retrieval import Retrieval
+from services.gateway.server import Server
+from services.gateway.servicers import (
+    ClusterService,
+    CollectionService,
+    DocumentService,
+    EmbeddingService,
+    ModelService,
+    SearchService,
+)
+from services.metadata.store import Store
+from services.ranker.ranker import Ranker
+from services.supervisor import Supervisor
+from services.telemetry import Telemetry, log_to
+from shard_router.errors import RingfortError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the service listens, HOST:PORT each."""
+
+    grpc: str
+    http: str
+
+
+class Embedded:
+    """The whole service. `start` once, `stop` once; what was started is stopped in reverse order."""
+
+    def __init__(self, config: Config, path: Path, *, release: str, say: Callable[[str], None]) -> None:
+        """`say` hears, in a few words, what a long start is doing."""
+        self._config = config
+        self._path = path
+        self._release = release
+        self._say = say
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> Addresses:
+        """Bring everything up and serve; StartupError, in one sentence, where something is missing."""
+        gateway = self._config.gateway
+        for name, address in (("grpc", gateway.grpc), ("http", gateway.http)):
+            require_private(name, address, gateway)
+        # Taken early, so that a port in use is said before anything slow begins.
+        http_socket = listen(gateway.http)
+        self._stack.callback(http_socket.close)
+        listen(gateway.grpc).close()
+
+        data_dir = DataDir.open(self._path, release=self._release)
+        self._stack.callback(data_dir.close)
+        log_to(data_dir.logs)
+        ended = await asyncio.to_thread(data_dir.end_orphans)
+        if ended:
+            log.warning("ended what an earlier run left behind: %s", ", ".join(ended))
+
+        supervisor = Supervisor(data_dir)
+        self._stack.push_async_callback(supervisor.stop)
+        store, redis_url, manifest = await self._foundations(supervisor, data_dir)
+        telemetry = Telemetry()
+        cache = await self._cache(redis_url)
+        embeddings = await self._embeddings(manifest, cache)
+        catalog = await self._catalog(store, data_dir)
+        ingest = Ingest(catalog, embeddings, gateway.limits)
+        self._stack.push_async_callback(ingest.close)
+
+        answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
+        retrieval = Retrieval(catalog, embeddings, answers, gateway.limits, random.Random())
+        recommend = Recommend(
+            catalog, retrieval, Ranker(), answers, gateway.limits,
+            default_candidates=self._config.ranker.default_candidates,
+        )  # fmt: skip
+        embedding_service = EmbeddingService(embeddings, self._config)
+        search_service = SearchService(retrieval, recommend)
+        components = functools.partial(_components, supervisor, cache, self._config)
+        admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
+        server = Server(
+            gateway,
+            {
+                "EmbeddingService": embedding_service,
+                "DocumentService": DocumentService(ingest, Documents(catalog, gateway.limits)),
+                "SearchService": search_service,
+                "CollectionService": CollectionService(catalog, embeddings, self._config),
+                "ModelService": ModelService(embeddings),
+                "ClusterService": ClusterService(
+                    catalog, cache, answers, self._config, release=self._release, components=components
+                ),
+            },
+            telemetry,
+            admission,
+        )
+        for part, stats in (
+            ("gateway", admission.stats), ("answers", answers.stats), ("cache", cache.stats),
+            ("embedder", embeddings.embedder.stats), ("metadata", store.stats), ("shard", catalog.stats),
+            ("supervisor", supervisor.stats),
+        ):  # fmt: skip
+            telemetry.parts.add(part, stats)
+
+        async def ready() -> str:
+            try:
+                await store.ping()
+            except RingfortError as error:
+                return str(error)
+            return ""
+
+        http = Http(gateway, embedding_service, search_service, telemetry, admission, ready)
+        serving = asyncio.create_task(http.serve(http_socket))
+        self._stack.push_async_callback(_finish_http, http, serving)
+        grpc_address = await server.start()
+        self._stack.push_async_callback(server.stop, gateway.drain_s)
+        host, port = http_socket.getsockname()[:2]
+        addresses = Addresses(grpc_address, f"{host}:{port}")
+        log.info("serving gRPC on %s and HTTP on %s", addresses.grpc, addresses.http)
+        return addresses
+
+    async def stop(self) -> None:
+        """Drain, then stop every part and every child; safe after a start that was cut short."""
+        await self._stack.aclose()
+        log.info("stopped")
+
+    async def _foundations(
+        self, supervisor: Supervisor, data_dir: DataDir
+    ) -> tuple[Store, str | None, ModelManifest]:
+        """Postgres, Valkey and the model, side by side."""
+        settings = self._config
+
+        async def store() -> Store:
+            url = settings.metadata.postgres_url or await supervisor.start_postgres()
+            return await Store.open(
+                url,
+                pool_size=settings.metadata.pool_size,
+                statement_timeout_ms=settings.metadata.statement_timeout_ms,
+            )
+
+        async def redis_url() -> str:
+            if settings.cache.redis_url:
+                return settings.cache.redis_url
+            return await supervisor.start_valkey(maxmemory_bytes=settings.cache.redis_max_bytes)
+
+        async def manifest() -> ModelManifest:
+            build = functools.partial(
+                ensure_model,
+                data_dir.models,
+                source=settings.embedder.source,
+                precision=settings.embedder.precision,
+                progress=lambda stage, share: self._say(f"embedding model: {stage} ({share:.0%})"),
+            )
+            return await asyncio.to_thread(build)
+
+        opening, starting = asyncio.create_task(store()), asyncio.create_task(redis_url())
+        building = asyncio.create_task(manifest())
+        tasks: tuple[asyncio.Task[Any], ...] = (opening, starting, building)
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                await opening.result().close()
+            raise
+        self._stack.push_async_callback(opening.result().close)
+        return opening.result(), starting.result(), building.result()
+
+    async def _cache(self, redis_url: str | None) -> CacheTier:
+        settings = self._config.cache
+        cache = CacheTier(
+            l1_bytes=settings.l1_bytes, redis_url=redis_url, op_timeout_ms=settings.op_timeout_ms
+        )
+        await cache.open()
+        self._stack.push_async_callback(cache.close)
+        return cache
+
+    async def _embeddings(self, manifest: ModelManifest, cache: CacheTier) -> Embeddings:
+        settings = self._config.embedder
+        model = await asyncio.to_thread(OnnxModel.load, manifest, threads=1)
+        embedder = Embedder(
+            model, workers=settings.workers or usable_cpus(), queue_texts=settings.queue_texts
+        )
+        self._stack.push_async_callback(embedder.close)
+        return Embeddings(
+            embedder,
+            cache,
+            ttl_s=self._config.cache.embedding_ttl_s,
+            max_text_bytes=self._config.gateway.limits.max_text_bytes,
+        )
+
+    async def _catalog(self, store: Store, data_dir: DataDir) -> Catalog:
+        settings = self._config.shard
+        threads = ThreadPoolExecutor(settings.threads or usable_cpus(), thread_name_prefix="search")
+        self._stack.callback(threads.shutdown)
+        catalog = Catalog(
+            store,
+            data_dir.segments,
+            search_threads=threads,
+            memtable_rows=settings.memtable_rows,
+            poll_ms=settings.poll_ms,
+            device=settings.device,
+        )
+        self._stack.push_async_callback(catalog.close)
+        await catalog.load()
+        return catalog
+
+
+def require_private(name: str, address: str, settings: GatewaySettings) -> None:
+    """StartupError unless the address is loopback, or guarded, or the risk was accepted."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65_535:
+        raise StartupError(f"--{name} {address}: not HOST:PORT")
+    bare = host.strip("[]")
+    try:
+        loopback = bare == "localhost" or ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        loopback = False
+    guarded = settings.tls_certificate and settings.tls_key and settings.api_keys
+    if not (loopback or guarded or settings.insecure):
+        raise StartupError(
+            f"--{name} {address}: listening beyond loopback needs TLS and API keys configured, or --insecure"
+        )
+
+
+async def _finish_http(http: Http, serving: "asyncio.Task[None]") -> None:
+    http.stop()
+    await asyncio.wait([serving], timeout=5)
+
+
+def _components(supervisor: Supervisor, cache: CacheTier, config: Config) -> Mapping[str, tuple[str, str]]:
+    states = {name: (state, "child process") for name, state in supervisor.state().items()}
+    if config.metadata.postgres_url:
+        states["postgres"] = ("external", "by URL")
+    states["cache"] = next(
+        ((str(tier["state"]), "Redis tier") for tier in cache.tiers() if tier["name"] == "REDIS"),
+        ("off", "Redis tier"),
+    )
+    return states

@@ -1,0 +1,230 @@
+"""The collections this gateway serves, each with its shard map and its replicas.
+
+In the embedded composition every shard has one replica, in this process; the collection's wish for more
+is kept for a composition with more nodes.
+"""
+
+import asyncio
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from services.deadline import Deadline
+from services.metadata.store import Store
+from services.shard.replica import Replica
+from shard_router.errors import NotFound, UnknownLog
+from shard_router.model import Collection, LogDelta, Metric, Schema
+from shard_router.shard_map import ShardMap
+
+log = logging.getLogger(__name__)
+
+
+def slice_of(delta: LogDelta, mine: np.ndarray) -> LogDelta:
+    """The part of a delta whose slots are marked in `mine` (bool [slots]); its positions stay."""
+    keep = np.fromiter((mine[row.slot] for row in delta.rows), bool, len(delta.rows))
+    if keep.all():
+        return delta
+    rows = [row for row, kept in zip(delta.rows, keep, strict=True) if kept]
+    return replace(delta, rows=rows, vectors=delta.vectors[keep])
+
+
+class Served:
+    """One collection as this gateway serves it."""
+
+    def __init__(self, collection: Collection, shard_map: ShardMap, log_id: str) -> None:
+        self.collection = collection
+        self.shard_map = shard_map
+        self.log_id = log_id
+        #: The highest log position known to be committed; None while a commit's outcome is unknown,
+        #: and then no cached answer counts as current.
+        self.position: int | None = None
+        #: By shard.
+        self.replicas: dict[int, Replica] = {}
+        #: By shard, bool [slots].
+        self.masks: dict[int, np.ndarray] = {}
+
+    def committed(self, upto: int, delta: LogDelta | None) -> None:
+        """Note a commit and hand its rows to the replicas; one that cannot take them reads the log."""
+        if self.position is not None:
+            self.position = max(self.position, upto)
+        for shard, replica in self.replicas.items():
+            if delta is None or not replica.offer(slice_of(delta, self.masks[shard])):
+                replica.wake()
+
+    async def wait_for(self, position: int, deadline: Deadline) -> bool:
+        """Whether every replica has applied `position` before the deadline."""
+        reached = await asyncio.gather(*(r.wait_for(position, deadline) for r in self.replicas.values()))
+        return all(reached)
+
+    def require_token(self, positions: Mapping[str, int]) -> int:
+        """The position a read token asks for, 0 for an empty one; UnknownLog if it is of another log."""
+        for log_id, position in positions.items():
+            if log_id != self.log_id:
+                raise UnknownLog(log_id, position)
+        return positions.get(self.log_id, 0)
+
+
+class Catalog:
+    """Every collection of the store, open; names and aliases resolve here."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        *,
+        search_threads: ThreadPoolExecutor,
+        memtable_rows: int,
+        poll_ms: int,
+        device: str,
+    ) -> None:
+        self.store = store
+        self._directory = directory
+        self._search_threads = search_threads
+        self._memtable_rows = memtable_rows
+        self._poll_ms = poll_ms
+        self._device = device
+        self._by_name: dict[tuple[str, str], Served] = {}
+        self._by_alias: dict[tuple[str, str], Served] = {}
+        #: Changes of the catalog happen one at a time.
+        self._changing = asyncio.Lock()
+        #: Told of every collection that goes, so that its writers end.
+        self.on_drop: list[Callable[[Served], Awaitable[None]]] = []
+
+    async def load(self) -> None:
+        """Open every collection the store has; returns when all of them can answer."""
+        collections = await self.store.collections()
+        for served in await asyncio.gather(*(self._open(c) for c in collections)):
+            self._index(served)
+        known = {self._folder(c).name for c in collections}
+        if self._directory.is_dir():
+            for leftover in self._directory.iterdir():
+                if leftover.name not in known:
+                    log.info("removing segments of a collection that is gone: %s", leftover.name)
+                    await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+
+    async def close(self) -> None:
+        """Close every replica."""
+        for served in self.all():
+            await asyncio.gather(*(replica.close() for replica in served.replicas.values()))
+        self._by_name.clear()
+        self._by_alias.clear()
+
+    def all(self) -> list[Served]:
+        """Every collection, by tenant and name."""
+        return [served for _, served in sorted(self._by_name.items())]
+
+    def of_tenant(self, tenant: str) -> list[Served]:
+        """A tenant's collections, by name."""
+        return [served for served in self.all() if served.collection.tenant == tenant]
+
+    def resolve(self, tenant: str, name: str) -> Served:
+        """The collection of that name or alias; NotFound names the field."""
+        found = self._by_name.get((tenant, name)) or self._by_alias.get((tenant, name))
+        if found is None:
+            raise NotFound("collection", name)
+        return found
+
+    async def create(
+        self,
+        *,
+        tenant: str,
+        name: str,
+        dim: int,
+        metric: Metric,
+        schema: Schema,
+        model: str | None,
+        slots: int,
+        shards: int,
+        replicas: int,
+        index: str,
+        max_staleness_ms: int,
+        space: str,
+    ) -> Served:
+        """Create a collection and open it; AlreadyExists if the name or an alias has it."""
+        async with self._changing:
+            collection = await self.store.create_collection(
+                tenant=tenant, name=name, dim=dim, metric=metric, schema=schema, model=model, slots=slots,
+                shards=shards, replicas=replicas, index=index, max_staleness_ms=max_staleness_ms, space=space,
+            )  # fmt: skip
+            served = await self._open(collection)
+            self._index(served)
+            return served
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Delete a collection, its documents and its segments; an alias is not enough to name it."""
+        async with self._changing:
+            served = self._by_name.get((tenant, name))
+            if served is None:
+                raise NotFound("collection", name, "name")
+            await self.store.delete_collection(tenant, name)
+            del self._by_name[tenant, name]
+            self._by_alias = {key: s for key, s in self._by_alias.items() if s is not served}
+            for tell in self.on_drop:
+                await tell(served)
+            await asyncio.gather(*(replica.close() for replica in served.replicas.values()))
+            await asyncio.to_thread(shutil.rmtree, self._folder(served.collection), ignore_errors=True)
+
+    async def set_alias(self, tenant: str, alias: str, name: str | None) -> None:
+        """Point an alias at a collection, or remove it."""
+        async with self._changing:
+            await self.store.set_alias(tenant, alias, name)
+            for collection in await self.store.collections():
+                served = self._by_name.get((collection.tenant, collection.name))
+                if served is not None:
+                    served.collection = collection
+            self._by_alias = {
+                (served.collection.tenant, a): served
+                for served in self.all()
+                for a in served.collection.aliases
+            }
+
+    def stats(self) -> dict[str, float]:
+        """The replicas' figures, added up over all collections."""
+        totals: Counter[str] = Counter()
+        for served in self.all():
+            for replica in served.replicas.values():
+                totals.update(replica.stats())
+        return {"collections": len(self._by_name), **totals}
+
+    def _index(self, served: Served) -> None:
+        collection = served.collection
+        self._by_name[collection.tenant, collection.name] = served
+        for alias in collection.aliases:
+            self._by_alias[collection.tenant, alias] = served
+
+    def _folder(self, collection: Collection) -> Path:
+        return self._directory / f"{collection.uid}-{collection.generation}"
+
+    async def _open(self, collection: Collection) -> Served:
+        shard_map = ShardMap.create(collection.slots, collection.shards)
+        served = Served(collection, shard_map, self.store.log_id)
+        for shard in shard_map.shards:
+            mask = np.zeros(collection.slots, bool)
+            mask[shard_map.slots_of(shard)] = True
+            served.masks[shard] = mask
+
+        async def open_shard(shard: int) -> Replica:
+            async def tail(after: int) -> LogDelta:
+                return slice_of(await self.store.tail(collection, after), served.masks[shard])
+
+            return await Replica.open(
+                collection,
+                directory=self._folder(collection) / f"shard-{shard}",
+                log_id=self.store.log_id,
+                tail=tail,
+                search_threads=self._search_threads,
+                memtable_rows=self._memtable_rows,
+                poll_ms=self._poll_ms,
+                device=self._device,
+            )
+
+        opened = await asyncio.gather(*(open_shard(shard) for shard in shard_map.shards))
+        served.replicas = dict(zip(shard_map.shards, opened, strict=True))
+        served.position = await self.store.position(collection)
+        return served

@@ -1,0 +1,233 @@
+"""Recommend: retrieve candidates near what is liked, then rank and diversify them.
+
+The taste vector is the mean of the liked examples' directions less half the mean of the unliked ones'
+(Rocchio, "Relevance feedback in information retrieval", 1971, with beta = 1 and gamma = 0.5).
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from protos.ringfort import v1 as pb
+from services import wire
+from services.config import Limits
+from services.deadline import Deadline
+from services.gateway.answers import Answers, Computed
+from services.gateway.catalog import Catalog, Served
+from services.gateway.retrieval import DEFAULT_K, Found, Retrieval, check_effort
+from services.ranker.ranker import Ranked, Ranker
+from shard_router.errors import InvalidField, NotFound
+from shard_router.filters import check
+from shard_router.model import AttributeType, Include
+
+UNLIKE_WEIGHT = 0.5
+
+
+class Recommend:
+    """The two-stage path."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        retrieval: Retrieval,
+        ranker: Ranker,
+        answers: Answers,
+        limits: Limits,
+        *,
+        default_candidates: int,
+    ) -> None:
+        self._catalog = catalog
+        self._retrieval = retrieval
+        self._ranker = ranker
+        self._answers = answers
+        self._limits = limits
+        self._default_candidates = default_candidates
+
+    async def recommend(self, request: pb.RecommendRequest, tenant: str, deadline: Deadline) -> bytes:
+        """A serialized RecommendResponse."""
+        began = time.perf_counter()
+        served = self._catalog.resolve(tenant, request.collection)
+        self._check(served, request)
+        if request.HasField("read_after"):
+            await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
+        if request.cache == pb.BYPASS:
+            made = await self._recommend(served, request, deadline)
+            return made.body + _suffix(pb.INDEX, began, made.timings)
+        key = self._answers.key(served, self._ranker.version, _query_bytes(request), b"recommend")
+        cached = await self._answers.get(served, key, self._retrieval.staleness(served, request))
+        if cached is not None:
+            return cached.body + _suffix(cached.served_from, began)
+        made = await self._answers.once(served, key, lambda: self._recommend(served, request, deadline))
+        return made.body + _suffix(pb.INDEX, began, made.timings)
+
+    def _check(self, served: Served, request: pb.RecommendRequest) -> None:
+        if not request.like:
+            raise InvalidField("like", "is empty: give at least one example")
+        if len(request.like) + len(request.unlike) > self._limits.max_batch_rows:
+            raise InvalidField("like", f"more than {self._limits.max_batch_rows} examples")
+        for name, examples in (("like", request.like), ("unlike", request.unlike)):
+            for i, example in enumerate(examples):
+                if example.WhichOneof("kind") is None:
+                    raise InvalidField(f"{name}[{i}]", "is empty: give an id, a vector or a text")
+        wire.keys(request.exclude, "exclude", self._limits.max_id_bytes)
+        self._retrieval.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
+        if request.retrieve.HasField("k"):
+            self._retrieval.check_k(request.retrieve.k, "retrieve.k")
+        check_effort(request.retrieve.effort, "retrieve.effort")
+        if request.rank.ranker not in ("", self._ranker.name, self._ranker.version):
+            raise NotFound("ranker", request.rank.ranker, "rank.ranker")
+        schema = served.collection.schema
+        for feature, weight in request.rank.features.items():
+            if not np.isfinite(weight):
+                raise InvalidField(f"rank.features.{feature}", "is not finite")
+            if feature != "similarity" and feature not in schema:
+                raise InvalidField(f"rank.features.{feature}", "the collection declares no such attribute")
+            if feature != "similarity" and schema[feature] in (AttributeType.KEYWORD, AttributeType.KEYWORDS):
+                raise InvalidField(f"rank.features.{feature}", f"is {schema[feature]}, not a number")
+        diversity = request.diversity
+        if diversity.HasField("mmr_lambda") and not 0.0 <= diversity.mmr_lambda <= 1.0:
+            raise InvalidField("diversity.mmr_lambda", f"{diversity.mmr_lambda} is not between 0 and 1")
+        if diversity.group_by and diversity.group_by not in schema:
+            raise InvalidField("diversity.group_by", "the collection declares no such attribute")
+
+    async def _recommend(self, served: Served, request: pb.RecommendRequest, deadline: Deadline) -> Computed:
+        k = request.k if request.HasField("k") else DEFAULT_K
+        timings = pb.Timings()
+        began = time.perf_counter()
+        like, unlike = await asyncio.gather(
+            self._examples(served, request.like, "like", deadline),
+            self._examples(served, request.unlike, "unlike", deadline),
+        )
+        taste = _direction(like)
+        if len(unlike):
+            taste = taste - UNLIKE_WEIGHT * _direction(unlike)
+        timings.embed_ms = (time.perf_counter() - began) * 1e3
+        found = await self._candidates(served, request, k, taste, deadline)
+        timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
+        candidates = found.hits[0]
+        ranking = time.perf_counter()
+        diversity = request.diversity
+        ranked: Ranked = await asyncio.to_thread(
+            self._ranker.rank,
+            candidates,
+            dict(request.rank.features),
+            mmr_lambda=diversity.mmr_lambda if diversity.HasField("mmr_lambda") else None,
+            group_by=diversity.group_by or None,
+            per_group=max(diversity.per_group, 1),
+            k=k,
+        )
+        timings.rank_ms = (time.perf_counter() - ranking) * 1e3
+        include = wire.include_from(request.include, request.HasField("include"))
+        hits = []
+        for place, index in enumerate(ranked.order):
+            hit = wire.hit_on_wire(candidates[index], served.collection.schema, ranked.features[place])
+            hit.score = ranked.scores[place]
+            _keep_parts(hit, include)
+            hits.append(hit)
+        response = self._retrieval.provenance(
+            served,
+            pb.RecommendResponse(
+                hits=hits,
+                ranker=self._ranker.version,
+                coverage=pb.Coverage(shards_asked=found.asked, shards_answered=found.answered),
+                stages=[
+                    pb.Stage(
+                        name="retrieve",
+                        took_ms=timings.embed_ms + timings.search_ms + timings.merge_ms,
+                        candidates=len(candidates),
+                    ),
+                    pb.Stage(name="rank", took_ms=timings.rank_ms, candidates=len(hits)),
+                    pb.Stage(name="diversify", candidates=len(hits), skipped=_why_not_diversified(diversity)),
+                ],
+            ),
+        )
+        return Computed(response.SerializeToString(), found.position, found.as_of_ms, found.complete, timings)
+
+    async def _candidates(
+        self, served: Served, request: pb.RecommendRequest, k: int, taste: np.ndarray, deadline: Deadline
+    ) -> Found:
+        retrieve = request.retrieve
+        wanted = retrieve.k if retrieve.HasField("k") else self._default_candidates
+        filter = wire.filter_from(retrieve.filter, "retrieve.filter")
+        if filter is not None:
+            filter = check(filter, served.collection.schema, "retrieve.filter")
+        seen = [e.id for e in (*request.like, *request.unlike) if e.WhichOneof("kind") == "id"]
+        return await self._retrieval.fan_out(
+            served,
+            taste[None, :].astype(np.float32),
+            min(max(wanted, k), self._limits.max_k),
+            filter=filter,
+            exact=False,
+            effort=retrieve.effort if retrieve.HasField("effort") else None,
+            include=Include(
+                attributes=True,
+                text=not request.HasField("include") or request.include.text,
+                vector=request.diversity.HasField("mmr_lambda") or request.include.vector,
+            ),
+            min_coverage=request.min_coverage,
+            deadline=deadline,
+            exclude=frozenset((*seen, *request.exclude)),
+        )
+
+    async def _examples(
+        self, served: Served, examples: Sequence[pb.Example], field: str, deadline: Deadline
+    ) -> np.ndarray:
+        """Vectors of the examples, float32 [n, dim], ids first, then vectors, then texts."""
+        dim = served.collection.dim
+        parts: list[np.ndarray] = [np.empty((0, dim), np.float32)]
+        by_kind: dict[str, list[tuple[str, pb.Example]]] = {"id": [], "vector": [], "text": []}
+        for i, example in enumerate(examples):
+            by_kind[str(example.WhichOneof("kind"))].append((f"{field}[{i}]", example))
+        if by_kind["id"]:
+            ids = [example.id for _, example in by_kind["id"]]
+            fields = [f"{where}.id" for where, _ in by_kind["id"]]
+            parts.append(await self._retrieval.document_vectors(served, ids, fields))
+        for where, example in by_kind["vector"]:
+            vector = wire.array_from(example.vector, f"{where}.vector", dim=dim)
+            if len(vector) != 1:
+                raise InvalidField(f"{where}.vector.rows", f"{len(vector)} rows where one is meant")
+            parts.append(vector)
+        if by_kind["text"]:
+            texts = [example.text for _, example in by_kind["text"]]
+            parts.append((await self._retrieval.text_vectors(served, texts, field, deadline)).vectors)
+        return np.concatenate(parts)
+
+
+def _direction(vectors: np.ndarray) -> np.ndarray:
+    """The mean of the rows' directions, float64 [dim]; a zero row has none."""
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    mean: np.ndarray = (wide / np.where(norms > 0, norms, 1.0)).mean(axis=0)
+    return mean
+
+
+def _keep_parts(hit: pb.Hit, include: Include) -> None:
+    if not include.attributes:
+        hit.ClearField("attributes")
+    if not include.text:
+        hit.ClearField("text")
+    if not include.vector:
+        hit.ClearField("vector")
+
+
+def _why_not_diversified(diversity: pb.RecommendRequest.Diversity) -> str:
+    asked = diversity.HasField("mmr_lambda") or diversity.group_by
+    return "" if asked else "neither mmr_lambda nor group_by was asked for"
+
+
+def _query_bytes(request: pb.RecommendRequest) -> bytes:
+    """What the answer depends on: the request without where and how to cache it."""
+    asked = pb.RecommendRequest()
+    asked.CopyFrom(request)
+    for field in ("collection", "read_after", "min_coverage", "max_staleness_ms", "cache"):
+        asked.ClearField(field)
+    # Map fields have no order of their own; deterministic serialization sorts them.
+    return asked.SerializeToString(deterministic=True)
+
+
+def _suffix(served_from: "pb.ServedFrom.ValueType", began: float, timings: pb.Timings | None = None) -> bytes:
+    tail = pb.RecommendResponse(served_from=served_from, timings=timings)
+    tail.timings.total_ms = (time.perf_counter() - began) * 1e3
+    return tail.SerializeToString()

@@ -1,0 +1,222 @@
+"""The gRPC server: every rpc of the contract behind one wrapper.
+
+The wrapper lets a call in (or refuses it), gives it a tenant and a deadline, turns errors into canonical
+codes with details, and counts. A method may return a message or a message's bytes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos.ringfort.v1 import (
+    cluster_pb2,
+    collection_pb2,
+    document_pb2,
+    embedding_pb2,
+    index_pb2,
+    model_pb2,
+    search_pb2,
+)
+from services import status
+from services.config import GatewaySettings
+from services.deadline import Deadline
+from services.gateway.admission import Admission
+from services.gateway.servicers import Call
+from services.telemetry import Telemetry
+from shard_router.errors import NotImplementedHere, RingfortError, Unauthenticated
+
+log = logging.getLogger(__name__)
+
+FILES = (
+    embedding_pb2, document_pb2, search_pb2, collection_pb2, index_pb2, model_pb2, cluster_pb2,
+)  # fmt: skip
+SERVICES: dict[str, ServiceDescriptor] = {
+    name: descriptor for file in FILES for name, descriptor in file.DESCRIPTOR.services_by_name.items()
+}
+DEFAULT_TENANT = "default"
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class PortTaken(RuntimeError):
+    """The address cannot be listened on; one sentence."""
+
+
+class Server:
+    """One listening gRPC server; `servicers` by service name, methods by rpc name."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        servicers: Mapping[str, object],
+        telemetry: Telemetry,
+        admission: Admission,
+    ) -> None:
+        self._settings = settings
+        self._telemetry = telemetry
+        self._admission = admission
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
+                ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            )
+        )
+        for name, descriptor in SERVICES.items():
+            servicer = servicers.get(name)
+            handlers = {m.name: self._handler(m, servicer) for m in descriptor.methods}
+            self._server.add_generic_rpc_handlers(
+                (grpc.method_handlers_generic_handler(descriptor.full_name, handlers),)
+            )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [descriptor.full_name for descriptor in SERVICES.values()]
+        reflection.enable_server_reflection(
+            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self) -> str:
+        """Listen, say SERVING, and return HOST:PORT; PortTaken where that cannot be."""
+        host, _, port = self._settings.grpc.rpartition(":")
+        try:
+            if self._settings.tls_certificate and self._settings.tls_key:
+                key = await asyncio.to_thread(self._settings.tls_key.read_bytes)
+                certificate = await asyncio.to_thread(self._settings.tls_certificate.read_bytes)
+                credentials = grpc.ssl_server_credentials([(key, certificate)])
+                bound = self._server.add_secure_port(self._settings.grpc, credentials)
+            else:
+                bound = self._server.add_insecure_port(self._settings.grpc)
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise PortTaken(f"cannot listen on {host}:{port}: the port is taken or not ours to use")
+        await self._server.start()
+        for name in ("", *(descriptor.full_name for descriptor in SERVICES.values())):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return f"{host}:{bound}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Say NOT_SERVING, refuse what is new, let what runs finish within `grace_s`, cut the rest."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    def _handler(self, method: MethodDescriptor, servicer: object) -> Any:
+        request_type = message_factory.GetMessageClass(method.input_type)
+        streams = (method.client_streaming, method.server_streaming)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[streams]
+        answer = getattr(servicer, method.name, None)
+        if answer is None:
+            answer = _streaming_refusal(method) if method.server_streaming else _refusal(method)
+        wrap = self._streaming if method.server_streaming else self._unary
+        return make(
+            wrap(method.name, answer),
+            request_deserializer=request_type.FromString,
+            response_serializer=_serialize,
+        )
+
+    def _unary(self, name: str, answer: Callable[[Any, Call], Any]) -> Callable[[Any, Context], Any]:
+        async def unary(request: Any, context: Context) -> Any:
+            async with self._entered(name, context) as call:
+                return await answer(request, call)
+
+        return unary
+
+    def _streaming(
+        self, name: str, answer: Callable[[Any, Call], AsyncIterator[Any]]
+    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        async def streaming(requests: Any, context: Context) -> AsyncIterator[Any]:
+            async with self._entered(name, context, stream=True) as call:
+                responses = answer(requests, call)
+                async with contextlib.aclosing(responses):  # type: ignore[type-var]  # async generators all
+                    async for response in responses:
+                        yield response
+
+        return streaming
+
+    @contextlib.asynccontextmanager
+    async def _entered(self, name: str, context: Context, *, stream: bool = False) -> AsyncIterator[Call]:
+        began = time.perf_counter()
+        code = grpc.StatusCode.OK
+        entered = False
+        try:
+            key, tenant = self._caller(context)
+            self._admission.enter(key, time.monotonic())
+            entered = True
+            left = context.time_remaining()
+            default = STREAM_TIMEOUT_S if stream else self._settings.default_timeout_s
+            yield Call(tenant, Deadline.after(default if left is None else left))
+        except RingfortError as error:
+            code = status.code_of(error)
+            await context.abort(code, str(error), status.trailing_metadata(error))
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            log.exception("%s failed", name)
+            await context.abort(code, "internal error; the server's log has the reason")
+        finally:
+            if entered:
+                self._admission.leave()
+            self._telemetry.calls.labels(name, code.name).inc()
+            self._telemetry.seconds.labels(name).observe(time.perf_counter() - began)
+
+    def _caller(self, context: Context) -> tuple[str, str]:
+        """The call's key and tenant; Unauthenticated where keys are asked for and none fits."""
+        keys = self._settings.api_keys
+        if not keys:
+            return "", DEFAULT_TENANT
+        given = ""
+        for name, value in context.invocation_metadata() or ():
+            if name == "x-api-key":
+                given = str(value)
+            elif name == "authorization" and str(value).lower().startswith("bearer "):
+                given = str(value)[7:]
+        return given, tenant_of(keys, given)
+
+
+#: A stream without a deadline of its own may go on this long.
+STREAM_TIMEOUT_S = 24 * 3600.0
+
+
+def tenant_of(keys: Mapping[str, str], given: str) -> str:
+    """The tenant of an API key; Unauthenticated for an unknown one."""
+    tenant = keys.get(given)
+    if tenant is None:
+        raise Unauthenticated("an API key is needed: send it as x-api-key or as a bearer token")
+    return tenant
+
+
+def _serialize(message: Any) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _refusal(method: MethodDescriptor) -> Callable[[Any, Call], Any]:
+    async def refuse(request: Any, call: Call) -> Any:
+        raise NotImplementedHere(f"{method.containing_service.name}.{method.name}")
+
+    return refuse
+
+
+def _streaming_refusal(method: MethodDescriptor) -> Callable[[Any, Call], AsyncIterator[Any]]:
+    async def refuse(request: Any, call: Call) -> AsyncIterator[Any]:
+        raise NotImplementedHere(f"{method.containing_service.name}.{method.name}")
+        yield  # makes it a stream
+
+    return refuse

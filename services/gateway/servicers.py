@@ -1,0 +1,341 @@
+"""The rpc methods: one class a service, each method a few lines over the rooms behind it.
+
+A method takes (request, Call) and returns a message or its bytes; `server.py` does what is common to all
+of them. What the contract names and no method here answers is UNIMPLEMENTED.
+"""
+
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf import json_format
+
+from protos.ringfort import v1 as pb
+from services import wire
+from services.cache.tier import CacheTier
+from services.config import Config
+from services.deadline import Deadline
+from services.embedder.embedder import InputType
+from services.gateway.answers import Answers
+from services.gateway.catalog import Catalog, Served
+from services.gateway.documents import Documents
+from services.gateway.embeddings import Embeddings
+from services.gateway.ingest import Ingest
+from services.gateway.recommend import Recommend
+from services.gateway.retrieval import Retrieval
+from services.gateway.streams import in_order
+from shard_router.errors import InvalidField, NotFound, NotImplementedHere
+
+NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,127}")
+ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+INPUT_TYPES = {pb.QUERY: InputType.QUERY, pb.DOCUMENT: InputType.DOCUMENT}
+#: Requests of one EmbedStream under way at once; reading pauses beyond it.
+EMBED_STREAM_REQUESTS = 4
+MAX_DIM = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Whose call it is and how long it may take."""
+
+    tenant: str
+    deadline: Deadline
+
+
+class EmbeddingService:
+    """Texts to vectors."""
+
+    def __init__(self, embeddings: Embeddings, config: Config) -> None:
+        self._embeddings = embeddings
+        self._limits = config.gateway.limits
+
+    async def Embed(self, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
+        began = time.perf_counter()
+        model = self._embeddings.require_model(request.model)
+        manifest = self._embeddings.manifest
+        if request.images:
+            raise InvalidField("images", f"model {model} takes texts")
+        wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
+        if request.dimensions not in (0, manifest.dim):
+            raise InvalidField("dimensions", f"model {model} has {manifest.dim} and declares no other")
+        if request.dtype not in (pb.F32, pb.F16, pb.I8):
+            raise InvalidField("dtype", f"{request.dtype} is not a dtype")
+        if request.input_type not in INPUT_TYPES:
+            raise InvalidField("input_type", f"{request.input_type} is not an input type")
+        texts = self._embeddings.check_texts(request.texts, "texts", truncate=request.truncate)
+        made = await self._embeddings.embed(texts, INPUT_TYPES[request.input_type], call.deadline)
+        rows = zip(made.tokens.tolist(), made.truncated.tolist(), made.cached.tolist(), strict=True)
+        return pb.EmbedResponse(
+            vectors=wire.matrix_from(made.vectors, request.dtype),
+            rows=[pb.EmbedRow(tokens=t, truncated=cut, cached=cached) for t, cut, cached in rows],
+            model=model,
+            space=manifest.space,
+            variant=manifest.variant,
+            timings=pb.Timings(
+                total_ms=(time.perf_counter() - began) * 1e3,
+                queue_ms=made.queue_ms,
+                tokenize_ms=made.tokenize_ms,
+                inference_ms=made.inference_ms,
+                cache_ms=made.cache_ms,
+            ),
+        )
+
+    async def EmbedStream(
+        self, requests: AsyncIterator[pb.EmbedRequest], call: Call
+    ) -> AsyncIterator[pb.EmbedResponse]:
+        async for response in in_order(requests, lambda r: self.Embed(r, call), EMBED_STREAM_REQUESTS):
+            yield response
+
+    async def Rerank(self, request: pb.RerankRequest, call: Call) -> pb.RerankResponse:
+        """Cosine of query and text; the one ranker of texts there is."""
+        began = time.perf_counter()
+        if request.ranker not in ("", "similarity"):
+            raise NotFound("ranker", request.ranker)
+        if not request.query:
+            raise InvalidField("query", "is empty")
+        wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
+        query = self._embeddings.check_text(request.query, "query", truncate=False)
+        texts = self._embeddings.check_texts(request.texts, "texts", truncate=False)
+        asked = await self._embeddings.embed([query], InputType.QUERY, call.deadline)
+        made = await self._embeddings.embed(texts, InputType.DOCUMENT, call.deadline)
+        scores = made.vectors @ asked.vectors[0]
+        order = np.argsort(-scores, kind="stable")[: request.top_n or None]
+        return pb.RerankResponse(
+            hits=[pb.RerankHit(index=int(i), score=float(scores[i])) for i in order],
+            ranker="similarity",
+            timings=pb.Timings(total_ms=(time.perf_counter() - began) * 1e3),
+        )
+
+
+class DocumentService:
+    """Documents in and out."""
+
+    def __init__(self, ingest: Ingest, documents: Documents) -> None:
+        self._ingest = ingest
+        self._documents = documents
+
+    async def Upsert(self, request: pb.UpsertRequest, call: Call) -> pb.UpsertResponse:
+        return await self._ingest.upsert(request, call.tenant, call.deadline)
+
+    def UpsertStream(
+        self, requests: AsyncIterator[pb.UpsertRequest], call: Call
+    ) -> AsyncIterator[pb.UpsertResponse]:
+        return self._ingest.upsert_stream(requests, call.tenant, call.deadline)
+
+    async def Patch(self, request: pb.PatchRequest, call: Call) -> pb.PatchResponse:
+        return await self._ingest.patch(request, call.tenant, call.deadline)
+
+    async def Delete(self, request: pb.DeleteRequest, call: Call) -> pb.DeleteResponse:
+        return await self._ingest.delete(request, call.tenant, call.deadline)
+
+    async def Get(self, request: pb.GetRequest, call: Call) -> pb.GetResponse:
+        return await self._documents.get(request, call.tenant, call.deadline)
+
+    async def Scan(self, request: pb.ScanRequest, call: Call) -> pb.ScanResponse:
+        return await self._documents.scan(request, call.tenant, call.deadline)
+
+    async def Count(self, request: pb.CountRequest, call: Call) -> pb.CountResponse:
+        return await self._documents.count(request, call.tenant, call.deadline)
+
+
+class SearchService:
+    """Nearest and recommended documents."""
+
+    def __init__(self, retrieval: Retrieval, recommend: Recommend) -> None:
+        self._retrieval = retrieval
+        self._recommend = recommend
+
+    async def Search(self, request: pb.SearchRequest, call: Call) -> bytes:
+        return await self._retrieval.search(request, call.tenant, call.deadline)
+
+    async def BatchSearch(self, request: pb.BatchSearchRequest, call: Call) -> pb.BatchSearchResponse:
+        return await self._retrieval.batch_search(request, call.tenant, call.deadline)
+
+    async def Recommend(self, request: pb.RecommendRequest, call: Call) -> bytes:
+        return await self._recommend.recommend(request, call.tenant, call.deadline)
+
+
+class CollectionService:
+    """Collections and their aliases."""
+
+    def __init__(self, catalog: Catalog, embeddings: Embeddings, config: Config) -> None:
+        self._catalog = catalog
+        self._embeddings = embeddings
+        self._defaults = config.index
+
+    async def Create(self, request: pb.CreateCollectionRequest, call: Call) -> pb.Collection:
+        if not NAME.fullmatch(request.name):
+            raise InvalidField("name", "is not 1 to 128 of a-z, 0-9, _ and -, beginning without a hyphen")
+        for name in request.attributes:
+            if not ATTRIBUTE_NAME.fullmatch(name):
+                raise InvalidField(f"attributes.{name}", "is not a letter followed by letters, digits and _")
+        for name, kind in request.attributes.items():
+            if kind not in wire.ATTRIBUTE_TYPES:
+                raise InvalidField(f"attributes.{name}", f"{kind} is not an attribute type")
+        if request.metric not in wire.METRICS:
+            raise InvalidField("metric", f"{request.metric} is not a metric")
+        if request.index.kind not in ("", "auto", "flat"):
+            raise NotImplementedHere(f"index kind {request.index.kind!r}", "index.kind")
+        model: str | None = None
+        dim, space = request.dim, f"vectors:{request.dim}"
+        if request.model or not request.dim:
+            model = self._embeddings.require_model(request.model)
+            manifest = self._embeddings.manifest
+            if request.dim not in (0, manifest.dim):
+                raise InvalidField("dim", f"model {model} has dimension {manifest.dim}, not {request.dim}")
+            dim, space = manifest.dim, manifest.space
+        if not 2 <= dim <= MAX_DIM:
+            raise InvalidField("dim", f"{dim} is not between 2 and {MAX_DIM}")
+        slots = request.slots or self._defaults.slots
+        shards = request.shards or self._defaults.shards
+        if not 1 <= slots <= 65_536:
+            raise InvalidField("slots", f"{slots} is not between 1 and 65536")
+        if shards > min(slots, 64):
+            raise InvalidField("shards", f"{shards} is more than {min(slots, 64)}")
+        served = await self._catalog.create(
+            tenant=call.tenant,
+            name=request.name,
+            dim=dim,
+            metric=wire.METRICS[request.metric],
+            schema={name: wire.ATTRIBUTE_TYPES[kind] for name, kind in request.attributes.items()},
+            model=model,
+            slots=slots,
+            shards=shards,
+            replicas=request.replicas or self._defaults.replicas,
+            index=request.index.kind or "auto",
+            max_staleness_ms=request.max_staleness_ms,
+            space=space,
+        )
+        return self._message(served)
+
+    async def Get(self, request: pb.GetCollectionRequest, call: Call) -> pb.Collection:
+        return self._message(self._catalog.resolve(call.tenant, request.name))
+
+    async def List(self, request: pb.ListCollectionsRequest, call: Call) -> pb.ListCollectionsResponse:
+        return pb.ListCollectionsResponse(
+            collections=[self._message(served) for served in self._catalog.of_tenant(call.tenant)]
+        )
+
+    async def Delete(self, request: pb.DeleteCollectionRequest, call: Call) -> pb.DeleteCollectionResponse:
+        await self._catalog.delete(call.tenant, request.name)
+        return pb.DeleteCollectionResponse()
+
+    async def SetAlias(self, request: pb.SetAliasRequest, call: Call) -> pb.SetAliasResponse:
+        if not NAME.fullmatch(request.alias):
+            raise InvalidField("alias", "is not 1 to 128 of a-z, 0-9, _ and -, beginning without a hyphen")
+        await self._catalog.set_alias(call.tenant, request.alias, request.collection or None)
+        return pb.SetAliasResponse()
+
+    def _message(self, served: Served) -> pb.Collection:
+        c = served.collection
+        return pb.Collection(
+            name=c.name,
+            model=c.model or "",
+            dim=c.dim,
+            metric=wire.METRICS_ON_WIRE[c.metric],
+            attributes=wire.schema_on_wire(c.schema),
+            slots=c.slots,
+            shards=c.shards,
+            replicas=c.replicas,
+            index=pb.IndexSpec(kind=c.index),
+            max_staleness_ms=c.max_staleness_ms,
+            generation=c.generation,
+            space=c.space,
+            variant=self._embeddings.manifest.variant if c.model else "",
+            epoch=served.shard_map.epoch,
+            aliases=c.aliases,
+            created_at=wire.timestamp(c.created_at_us),
+        )
+
+
+class ModelService:
+    """The models this service can run."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+
+    async def List(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
+        m = self._embeddings.manifest
+        model = pb.Model(
+            name=m.name, version=m.version, kind=pb.Model.EMBEDDING, state=pb.Model.LIVE, traffic_percent=100,
+            space=m.space, variant=m.variant, dim=m.dim, max_tokens=m.max_tokens, precision=m.precision,
+        )  # fmt: skip
+        return pb.ListModelsResponse(models=[model])
+
+
+class ClusterService:
+    """What runs, and how it is."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cache: CacheTier,
+        answers: Answers,
+        config: Config,
+        *,
+        release: str,
+        components: Callable[[], Mapping[str, tuple[str, str]]],
+    ) -> None:
+        self._catalog = catalog
+        self._cache = cache
+        self._answers = answers
+        self._config = config
+        self._release = release
+        self._components = components
+        self._began = time.monotonic()
+
+    async def Describe(self, request: pb.DescribeRequest, call: Call) -> pb.DescribeResponse:
+        limits = self._config.gateway.limits
+        return pb.DescribeResponse(
+            version=self._release,
+            composition="embedded",
+            uptime_s=time.monotonic() - self._began,
+            limits=pb.Limits(
+                max_k=limits.max_k,
+                max_batch_rows=limits.max_batch_rows,
+                max_text_bytes=limits.max_text_bytes,
+                max_attributes_bytes=limits.max_attributes_bytes,
+                max_request_bytes=limits.max_request_bytes,
+                max_id_bytes=limits.max_id_bytes,
+                max_in_flight=self._config.gateway.max_in_flight,
+            ),
+            collections=[self._status(served) for served in self._catalog.of_tenant(call.tenant)],
+            components=[
+                pb.Component(name=name, state=state, detail=detail)
+                for name, (state, detail) in self._components().items()
+            ],
+        )
+
+    async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
+        answers = self._answers.stats()
+        return pb.CacheStatsResponse(
+            tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
+            superseded=int(answers["superseded_total"]),
+            stampedes_avoided=int(answers["recomputes_avoided_total"]),
+        )
+
+    @staticmethod
+    def _status(served: Served) -> pb.CollectionStatus:
+        replicas = []
+        for shard, replica in served.replicas.items():
+            told = replica.describe()
+            replicas.append(
+                pb.Replica(
+                    shard=shard,
+                    endpoint="in-process",
+                    state="serving",
+                    position=int(told["position"]),
+                    documents=int(told["documents"]),
+                    segments=int(told["segments"]),
+                    memtable_rows=int(told["memtable_rows"]),
+                )
+            )
+        return pb.CollectionStatus(
+            name=served.collection.name,
+            generation=served.collection.generation,
+            epoch=served.shard_map.epoch,
+            watermark=served.position or 0,
+            replicas=replicas,
+        )

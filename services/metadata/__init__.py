@@ -1,0 +1,1 @@
+"""The truth and the log: documents, vectors and collections in Postgres."""

@@ -1,0 +1,115 @@
+"""Reads of a collection's documents and of its log."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import psycopg
+
+from services.metadata.codec import matrix_from, row_from
+from services.metadata.database import Connection, Database
+from services.metadata.log import read_position
+from services.metadata.ownership import Ownership
+from services.metadata.statements import statement
+from shard_router.errors import NotFound, UnknownLog
+from shard_router.hashing import slots_of
+from shard_router.model import Collection, LogDelta, LogRow
+
+#: Rows decoded before the event loop gets another turn.
+DECODE_ROWS = 256
+
+Cursor = psycopg.AsyncCursor[psycopg.rows.TupleRow]
+
+
+class Documents:
+    """Reads, each of one statement and so of one snapshot.
+
+    Every method raises NotFound (the collection is gone), StorageUnavailable, DeadlineExceeded, Overloaded.
+    """
+
+    def __init__(self, database: Database, ownership: Ownership) -> None:
+        self._database = database
+        self._ownership = ownership
+
+    async def get(
+        self, collection: Collection, ids: Sequence[str], *, with_vectors: bool
+    ) -> tuple[list[LogRow | None], np.ndarray | None]:
+        """The documents at their ids' places, None for what is not there; vectors float32 [ids, dim]."""
+        wanted = {
+            "slots": slots_of(ids, collection.slots).tolist(),
+            "ids": list(ids),
+            "with_vectors": with_vectors,
+        }
+        rows: list[LogRow | None] = [None] * len(ids)
+        vectors: dict[int, bytes | None] = {}
+        if not ids:
+            return rows, matrix_from(rows, vectors, collection) if with_vectors else None
+        async with self._database.connection() as connection:
+            cursor = await _run(connection, "get", collection, wanted)
+            while found := await cursor.fetchmany(DECODE_ROWS):
+                for place, *stored, vector in found:
+                    rows[place - 1] = row_from(stored, collection.schema)
+                    vectors[place - 1] = vector
+                await asyncio.sleep(0)
+        return rows, matrix_from(rows, vectors, collection) if with_vectors else None
+
+    async def scan(
+        self, collection: Collection, after: tuple[int, str] | None, limit: int, *, with_vectors: bool
+    ) -> tuple[list[LogRow], np.ndarray | None]:
+        """At most `limit` live documents in order of (slot, id), strictly after `after`; None starts."""
+        slot, id = after if after is not None else (-1, "")
+        wanted = {"slot": slot, "id": id, "limit": limit, "with_vectors": with_vectors}
+        rows: list[LogRow] = []
+        vectors: dict[int, bytes | None] = {}
+        async with self._database.connection() as connection:
+            cursor = await _run(connection, "scan", collection, wanted)
+            while found := await cursor.fetchmany(DECODE_ROWS):
+                for *stored, vector in found:
+                    vectors[len(rows)] = vector
+                    rows.append(row_from(stored, collection.schema))
+                await asyncio.sleep(0)
+        return rows, matrix_from(rows, vectors, collection) if with_vectors else None
+
+    async def position(self, collection: Collection) -> int:
+        """The position of the log's last committed write; 0 for an empty log."""
+        async with self._database.connection() as connection:
+            return await read_position(connection, collection)
+
+    async def tail(self, collection: Collection, after: int, limit: int) -> LogDelta:
+        """What the log holds beyond `after`, in order of position, at most `limit` rows.
+
+        `upto` is the log's position if everything fitted, else that of the last row. Nothing at or below
+        `upto` can appear later. Raises UnknownLog where the log never was at `after`.
+        """
+        log_id = self._ownership.log_id
+        wanted = {"uid": collection.uid, "after": after, "limit": limit}
+        rows: list[LogRow] = []
+        vectors: dict[int, bytes | None] = {}
+        counter: int | None = None
+        async with self._database.connection() as connection:
+            cursor = await _run(connection, "tail", collection, wanted)
+            while found := await cursor.fetchmany(DECODE_ROWS):
+                counter = found[0][0]
+                for _, *stored, vector in found:
+                    if stored[0] is not None:
+                        vectors[len(rows)] = vector
+                        rows.append(row_from(stored, collection.schema))
+                await asyncio.sleep(0)
+        if counter is None:
+            raise NotFound("collection", collection.name)
+        if after > counter:
+            raise UnknownLog(log_id, after, counter)
+        upto = rows[-1].version.seq if len(rows) == limit else counter
+        return LogDelta(log_id, after, upto, rows, matrix_from(rows, vectors, collection))
+
+
+async def _run(
+    connection: Connection, name: str, collection: Collection, wanted: Mapping[str, object]
+) -> Cursor:
+    cursor = connection.cursor(binary=True)
+    try:
+        return await cursor.execute(
+            statement(name, collection.uid, collection.generation), wanted, prepare=True
+        )
+    except psycopg.errors.UndefinedTable as error:
+        raise NotFound("collection", collection.name) from error

@@ -1,0 +1,177 @@
+"""What a batch of writes comes to (pure): decided here, done by log.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.metadata.codec import STORED, attributes_to_json
+from shard_router.errors import DimensionMismatch, InvalidField, NotFound, RingfortError, VersionConflict
+from shard_router.model import (
+    ABSENT,
+    Attributes,
+    LogRow,
+    Patch,
+    Remove,
+    Upsert,
+    Version,
+    Write,
+    WriteOutcome,
+)
+
+#: Term of every version until slots change owners between databases.
+TERM = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A document as a batch leaves it.
+
+    `ordinal` counts from 1 within the batch: its position is the counter before the batch plus that.
+    """
+
+    id: str
+    slot: int
+    ordinal: int
+    deleted: bool
+    text: str | None
+    attributes: Attributes
+    attributes_json: str
+    #: float32 [dim]; None for a tombstone, and where the stored vector stays.
+    vector: np.ndarray | None
+
+    @property
+    def moves(self) -> bool:
+        """Whether the stored vector stays and follows the document to its new position."""
+        return self.vector is None and not self.deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The rows to write, in order of position and each id once, and what to tell each writer."""
+
+    #: Positions the batch takes; a document written twice leaves one of them without a row.
+    positions: int
+    drafts: Sequence[Draft]
+    #: Per write: its ordinal, None where nothing changed, or the error that refused it.
+    results: Sequence[int | RingfortError | None]
+    #: The counter that conditions were checked against; None where there were none.
+    checked_at: int | None
+
+    def outcomes(self, after: int) -> list[WriteOutcome]:
+        """Outcomes in the order of the writes, for a batch that started at position `after`."""
+        return [
+            WriteOutcome(version=Version(TERM, after + result))
+            if isinstance(result, int)
+            else WriteOutcome(error=result)
+            for result in self.results
+        ]
+
+    def rows(self, after: int) -> list[LogRow]:
+        """The rows as the log holds them, for a batch that started at position `after`."""
+        return [
+            LogRow(
+                draft.id,
+                draft.slot,
+                Version(TERM, after + draft.ordinal),
+                draft.deleted,
+                draft.text,
+                draft.attributes,
+            )
+            for draft in self.drafts
+        ]
+
+    def matrix(self, dim: int) -> np.ndarray:
+        """Vectors of the drafts, float32 [drafts, dim]; zeros where a draft has none."""
+        matrix = np.zeros((len(self.drafts), dim), dtype=STORED)
+        for row, draft in enumerate(self.drafts):
+            if draft.vector is not None:
+                matrix[row] = draft.vector
+        return matrix
+
+
+def conditional(writes: Sequence[Write]) -> dict[str, bool]:
+    """Ids whose stored state decides the batch, and whether their text and attributes are needed too."""
+    needed: dict[str, bool] = {}
+    for write in writes:
+        if isinstance(write, Patch):
+            needed[write.id] = True
+        elif isinstance(write, Remove) or write.if_version is not None:
+            needed.setdefault(write.id, False)
+    return needed
+
+
+def fold(
+    writes: Sequence[Write], slots: Sequence[int], current: Mapping[str, LogRow], after: int | None, dim: int
+) -> Plan:
+    """Apply writes one after the other to what is stored; a later write of an id sees the earlier one.
+
+    `slots[i]` is the slot of `writes[i]`, `current` holds the stored rows of `conditional(writes)`, `after`
+    is the log's counter (None where `conditional` is empty). A write that cannot be applied changes nothing
+    and carries its own error: VersionConflict, NotFound, DimensionMismatch or InvalidField.
+    """
+    batch = _Batch(current, after or 0, dim)
+    results: list[int | RingfortError | None] = []
+    for write, slot in zip(writes, slots, strict=True):
+        try:
+            results.append(batch.apply(write, slot))
+        except RingfortError as refused:
+            results.append(refused)
+    return Plan(batch.positions, list(batch.drafts.values()), results, after)
+
+
+class _Batch:
+    """The state a batch has reached."""
+
+    def __init__(self, current: Mapping[str, LogRow], after: int, dim: int) -> None:
+        self.positions = 0
+        #: In order of ordinal: a document written again moves to the end.
+        self.drafts: dict[str, Draft] = {}
+        self._current = current
+        self._after = after
+        self._dim = dim
+
+    def apply(self, write: Write, slot: int) -> int | None:
+        """The ordinal that the write takes, None where it changes nothing; raises what refuses it."""
+        version = self._version(write.id)
+        if isinstance(write, Patch) and version == ABSENT:
+            raise NotFound("document", write.id, "id")
+        if write.if_version is not None and write.if_version != version:
+            raise VersionConflict(write.id, write.if_version, version)
+        if isinstance(write, Remove) and version == ABSENT:
+            return None
+        draft = self._draft(write, slot, self.positions + 1)
+        self.positions = draft.ordinal
+        self.drafts.pop(write.id, None)
+        self.drafts[write.id] = draft
+        return draft.ordinal
+
+    def _version(self, id: str) -> Version:
+        draft = self.drafts.get(id)
+        if draft is not None:
+            return ABSENT if draft.deleted else Version(TERM, self._after + draft.ordinal)
+        stored = self._current.get(id)
+        return ABSENT if stored is None or stored.deleted else stored.version
+
+    def _draft(self, write: Write, slot: int, ordinal: int) -> Draft:
+        match write:
+            case Remove():
+                return Draft(write.id, slot, ordinal, True, None, {}, "{}", None)
+            case Upsert():
+                if write.vector.shape != (self._dim,):
+                    raise DimensionMismatch("vector", write.vector.size, self._dim)
+                encoded = _encoded(write.attributes)
+                return Draft(write.id, slot, ordinal, False, write.text, write.attributes, encoded, write.vector)
+            case Patch():
+                before = self.drafts.get(write.id) or self._current[write.id]
+                kept = {name: value for name, value in before.attributes.items() if name not in write.clear}
+                attributes = {**kept, **write.attributes}
+                vector = before.vector if isinstance(before, Draft) else None
+                return Draft(write.id, slot, ordinal, False, before.text, attributes, _encoded(attributes), vector)
+
+
+def _encoded(attributes: Attributes) -> str:
+    try:
+        return attributes_to_json(attributes)
+    except (TypeError, ValueError) as error:
+        raise InvalidField("attributes", str(error)) from error

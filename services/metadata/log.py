@@ -1,0 +1,302 @@
+"""The write path: a batch of writes is one transaction, and one more entry of the log."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import psycopg
+from psycopg import errors
+
+from services.deadline import Deadline
+from services.metadata.codec import STORED, row_from
+from services.metadata.database import Connection, Database, first_line, hung_up
+from services.metadata.fold import Plan, conditional, fold
+from services.metadata.ownership import Ownership
+from services.metadata.statements import bare_statement, statement
+from shard_router.errors import (
+    DeadlineExceeded,
+    InvalidField,
+    NotFound,
+    Overloaded,
+    SegmentCorrupt,
+    StorageUnavailable,
+)
+from shard_router.hashing import slots_of
+from shard_router.model import Collection, Commit, LogDelta, LogRow, Write, WriteOutcome
+
+log = logging.getLogger(__name__)
+
+#: Rows of one transaction; the counter is never held for more.
+TRANSACTION_ROWS = 2_048
+#: Batches that may wait for a connection to write with; beyond it they are refused.
+WAITING_BATCHES = 256
+#: Transactions of a log that are remembered for those who never heard their COMMIT answered.
+REMEMBERED = 4_096
+#: A transaction whose fate is unknown and that was not committed is tried again so often in all.
+ATTEMPTS = 2
+#: Pause between questions to a server that is away.
+PAUSE_S = 0.05
+
+#: What the server refuses a batch for when one of its documents cannot be stored.
+DATA_ERRORS = (errors.DataError, errors.ProgramLimitExceeded, UnicodeError)
+
+
+class _Unconfirmed(Exception):
+    """The connection was lost: the transaction may or may not have been committed."""
+
+    def __init__(self, plan: Plan | None) -> None:
+        super().__init__("the connection was lost before the commit was confirmed")
+        #: None where it was lost before anything was sent.
+        self.plan = plan
+
+
+class Log:
+    """Writes to every collection's log.
+
+    One transaction a batch. Taking positions locks the log's counter row until the commit, so the order
+    of positions is the order of visibility: who reads up to a position has read everything up to it.
+    """
+
+    def __init__(self, database: Database, ownership: Ownership, *, writers: int) -> None:
+        self._database = database
+        self._ownership = ownership
+        #: Writers queue here, so that those who wait for a counter leave connections to the readers.
+        self._writers = asyncio.Semaphore(writers)
+        #: Batches in the queue for `_writers`; at most WAITING_BATCHES.
+        self._waiting = 0
+        self._counts = dict.fromkeys(("transactions", "documents", "bisections", "unconfirmed"), 0)
+        self._commit_ms = 0.0
+
+    async def write(self, collection: Collection, writes: Sequence[Write], *, deadline: Deadline) -> Commit:
+        """Commit writes in their order; each has its own outcome, in the same order.
+
+        At most TRANSACTION_ROWS writes are one transaction, more are several. A document that cannot be
+        stored fails alone. `delta` is None after either, and where a lost connection had to be asked about.
+        Raises NotFound (the collection is gone), StorageUnavailable, DeadlineExceeded, Overloaded; after
+        the first two of these last three some or all of the batch may be committed.
+        """
+        parts = [writes[at : at + TRANSACTION_ROWS] for at in range(0, max(1, len(writes)), TRANSACTION_ROWS)]
+        async with self._turn(deadline):
+            return _joined([await self._part(collection, part, deadline) for part in parts])
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start."""
+        totals = {f"{name}_total": float(count) for name, count in self._counts.items()}
+        return totals | {"commit_ms_total": self._commit_ms, "waiting_batches": float(self._waiting)}
+
+    @asynccontextmanager
+    async def _turn(self, deadline: Deadline) -> AsyncIterator[None]:
+        if self._waiting >= WAITING_BATCHES:
+            raise Overloaded("the queue of write batches", WAITING_BATCHES)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(deadline.require("database")):
+                await self._writers.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("database") from None
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._writers.release()
+
+    async def _part(self, collection: Collection, writes: Sequence[Write], deadline: Deadline) -> Commit:
+        try:
+            return await self._settle(collection, writes, deadline)
+        except DATA_ERRORS as refused:
+            if len(writes) == 1:
+                outcome = WriteOutcome(error=InvalidField("document", first_line(refused)))
+                async with self._database.connection(deadline.require("database")) as connection:
+                    upto = await read_position(connection, collection)
+                return Commit(self._ownership.log_id, upto, [outcome], None)
+        self._counts["bisections"] += 1
+        half = len(writes) // 2
+        parts = (writes[:half], writes[half:])
+        return _joined([await self._part(collection, part, deadline) for part in parts])
+
+    async def _settle(self, collection: Collection, writes: Sequence[Write], deadline: Deadline) -> Commit:
+        """One transaction, exactly once: what was lost at COMMIT is looked up, and repeated if it never was.
+
+        Every attempt carries the same write_id, which is unique: should the lost one still be on its way
+        and commit after all, the repetition fails and finds it.
+        """
+        write_id = uuid.uuid4()
+        plans: list[Plan] = []
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._transact(collection, writes, write_id, deadline)
+            except _Unconfirmed as lost:
+                self._counts["unconfirmed"] += 1
+                log.warning("collection %s: %s", collection.name, lost)
+                if lost.plan is not None:
+                    plans.append(lost.plan)
+            except errors.UniqueViolation:
+                log.warning("collection %s: a lost transaction was committed after all", collection.name)
+            after = await self._remembered(write_id, deadline)
+            if after is not None:
+                plan = next(plan for plan in plans if plan.checked_at in (None, after))
+                return Commit(self._ownership.log_id, after + plan.positions, plan.outcomes(after), None)
+        raise StorageUnavailable("the connection was lost at every attempt to commit")
+
+    async def _transact(
+        self, collection: Collection, writes: Sequence[Write], write_id: uuid.UUID, deadline: Deadline
+    ) -> Commit:
+        slots = slots_of((write.id for write in writes), collection.slots).tolist()
+        needed = conditional(writes)
+        plan = None if needed else fold(writes, slots, {}, None, collection.dim)
+        await self._ownership.require(deadline.require("database"))
+        began_s = time.perf_counter()
+        async with self._database.connection(deadline.require("database")) as connection:
+            try:
+                if plan is None:
+                    async with connection.pipeline(), connection.transaction():
+                        after, current = await _lock_and_read(connection, collection, needed)
+                        plan = fold(writes, slots, current, after, collection.dim)
+                        commit = await self._apply(connection, collection, plan, write_id)
+                else:
+                    commit = await self._apply(connection, collection, plan, write_id)
+            except errors.UndefinedTable as error:
+                raise NotFound("collection", collection.name) from error
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                if hung_up(error, connection):
+                    raise _Unconfirmed(plan) from error
+                raise
+        self._counts["transactions"] += 1
+        self._counts["documents"] += len(plan.drafts)
+        self._commit_ms += (time.perf_counter() - began_s) * 1000
+        return commit
+
+    async def _apply(
+        self, connection: Connection, collection: Collection, plan: Plan, write_id: uuid.UUID
+    ) -> Commit:
+        log_id = self._ownership.log_id
+        if not plan.drafts:
+            at = (
+                plan.checked_at
+                if plan.checked_at is not None
+                else await read_position(connection, collection)
+            )
+            nothing = LogDelta(log_id, at, at, [], np.zeros((0, collection.dim), np.float32))
+            return Commit(log_id, at, plan.outcomes(at), nothing)
+        matrix = plan.matrix(collection.dim)
+        written = await _write_rows(connection, collection, plan, matrix, write_id)
+        removed = [draft for draft in plan.drafts if draft.deleted]
+        if removed:
+            await connection.execute(
+                statement("drop_vectors", collection.uid, collection.generation),
+                {"slots": [draft.slot for draft in removed], "ids": [draft.id for draft in removed]},
+            )
+        if plan.checked_at is not None and any(draft.moves for draft in plan.drafts):
+            await _move_vectors(connection, collection, plan, plan.checked_at, matrix)
+        row = await written.fetchone()
+        if row is None:
+            raise NotFound("collection", collection.name)
+        after = row[0]
+        upto = after + plan.positions
+        vectors = matrix.astype(np.float32, copy=False)
+        delta = LogDelta(log_id, after, upto, plan.rows(after), vectors)
+        return Commit(log_id, upto, plan.outcomes(after), delta)
+
+    async def _remembered(self, write_id: uuid.UUID, deadline: Deadline) -> int | None:
+        """The position that a transaction started from; None if it was not committed (so far)."""
+        while True:
+            why = "the deadline passed"
+            try:
+                async with self._database.connection(deadline.require("database")) as connection:
+                    cursor = await connection.execute(bare_statement("remembered"), {"write_id": write_id})
+                    row = await cursor.fetchone()
+                    return None if row is None else row[0]
+            except StorageUnavailable as away:
+                why = away.why
+            except DeadlineExceeded:
+                pass
+            if deadline.left_s() <= PAUSE_S:
+                raise StorageUnavailable(f"whether a transaction was committed could not be asked: {why}")
+            await asyncio.sleep(PAUSE_S)
+
+
+async def read_position(connection: Connection, collection: Collection) -> int:
+    """The log's counter; NotFound where the collection is gone."""
+    cursor = await connection.execute(bare_statement("position"), {"uid": collection.uid}, prepare=True)
+    row = await cursor.fetchone()
+    if row is None:
+        raise NotFound("collection", collection.name)
+    return int(row[0])
+
+
+async def _lock_and_read(
+    connection: Connection, collection: Collection, needed: Mapping[str, bool]
+) -> tuple[int, dict[str, LogRow]]:
+    locked, found = connection.cursor(binary=True), connection.cursor(binary=True)
+    await connection.execute(statement("lock_tables", collection.uid), prepare=True)
+    await locked.execute(bare_statement("lock_counter"), {"uid": collection.uid}, prepare=True)
+    wanted = {
+        "slots": slots_of(needed, collection.slots).tolist(),
+        "ids": list(needed),
+        "whole": list(needed.values()),
+    }
+    await found.execute(statement("current", collection.uid), wanted, prepare=True)
+    counter = await locked.fetchone()
+    if counter is None:
+        raise NotFound("collection", collection.name)
+    rows = [row_from(row, collection.schema) for row in await found.fetchall()]
+    return counter[0], {row.id: row for row in rows}
+
+
+async def _write_rows(
+    connection: Connection, collection: Collection, plan: Plan, matrix: np.ndarray, write_id: uuid.UUID
+) -> psycopg.AsyncCursor[psycopg.rows.TupleRow]:
+    cursor = connection.cursor(binary=True)
+    drafts = plan.drafts
+    values = {
+        "uid": collection.uid,
+        "write_id": write_id,
+        "remembered": REMEMBERED,
+        "positions": plan.positions,
+        "slots": [draft.slot for draft in drafts],
+        "ids": [draft.id for draft in drafts],
+        "ordinals": [draft.ordinal for draft in drafts],
+        "deleted": [draft.deleted for draft in drafts],
+        "has_vector": [draft.vector is not None for draft in drafts],
+        "texts": [draft.text for draft in drafts],
+        "attributes": [draft.attributes_json for draft in drafts],
+        "matrix": matrix.data.cast("B"),
+        "row_bytes": collection.dim * STORED.itemsize,
+    }
+    return await cursor.execute(
+        statement("write_rows", collection.uid, collection.generation), values, prepare=True
+    )
+
+
+async def _move_vectors(
+    connection: Connection, collection: Collection, plan: Plan, after: int, matrix: np.ndarray
+) -> None:
+    """Keep the stored vectors of patched documents, and put them into their rows of `matrix`."""
+    rows = {draft.id: row for row, draft in enumerate(plan.drafts) if draft.moves}
+    moved = [plan.drafts[row] for row in rows.values()]
+    values = {
+        "slots": [draft.slot for draft in moved],
+        "ids": [draft.id for draft in moved],
+        "seqs": [after + draft.ordinal for draft in moved],
+    }
+    cursor = connection.cursor(binary=True)
+    table = statement("move_vectors", collection.uid, collection.generation)
+    await cursor.execute(table, values, prepare=True)
+    for id, vector in await cursor.fetchall():
+        matrix[rows.pop(id)] = np.frombuffer(vector, STORED)
+    if rows:
+        raise SegmentCorrupt(
+            f"collection {collection.name}", f"documents without a vector: {sorted(rows)[:3]}"
+        )
+
+
+def _joined(commits: Sequence[Commit]) -> Commit:
+    if len(commits) == 1:
+        return commits[0]
+    outcomes = [outcome for commit in commits for outcome in commit.outcomes]
+    return Commit(commits[-1].log_id, commits[-1].upto, outcomes, None)

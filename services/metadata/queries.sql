@@ -1,0 +1,183 @@
+-- Every statement of this room, by name. `{documents}` and `{vectors}` are one collection's tables.
+
+-- take_service_lock: be the one service of this database, for as long as the connection lives
+SELECT pg_try_advisory_lock(%(key)s);
+
+-- server_facts: what start-up checks before it touches anything
+SELECT current_setting('server_version_num')::integer, current_setting('server_encoding'),
+       to_regclass('ringfort.migrations') IS NOT NULL;
+
+-- applied_migrations: which migrations this database has
+SELECT coalesce(max(number), 0) FROM migrations;
+
+-- record_migration: remember that a migration was applied
+INSERT INTO migrations (number, name) VALUES (%(number)s, %(name)s);
+
+-- confirm_log: the log's id, a new one if this is another server, database or timeline than it was made on
+UPDATE logs
+SET log_id = CASE WHEN logs.identity IN ('', here.identity) THEN log_id ELSE gen_random_uuid() END,
+    identity = here.identity
+FROM (SELECT concat_ws('/', system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), oid) AS identity
+      FROM pg_control_system(), pg_database WHERE datname = current_database()) AS here
+RETURNING log_id::text;
+
+-- ping: the server answers
+SELECT 1;
+
+-- lock_registry: one change of names at a time; reading goes on
+LOCK TABLE collections IN SHARE ROW EXCLUSIVE MODE;
+
+-- create_collection: a collection, unless its name is an alias
+INSERT INTO collections (tenant, name, dim, metric, schema, model, slots, shards, replicas, index,
+                         max_staleness_ms, space)
+SELECT %(tenant)s, %(name)s, %(dim)s, %(metric)s, %(schema)s, %(model)s, %(slots)s, %(shards)s, %(replicas)s,
+       %(index)s, %(max_staleness_ms)s, %(space)s
+WHERE NOT EXISTS (SELECT FROM aliases WHERE tenant = %(tenant)s AND alias = %(name)s)
+ON CONFLICT (tenant, name) DO NOTHING
+RETURNING uid, generation, schema_version, epoch, created_at_us;
+
+-- create_counter: an empty log
+INSERT INTO counters (collection_uid) VALUES (%(uid)s);
+
+-- create_tables: documents by slot and id, and the first generation's vectors
+CREATE TABLE {documents} (
+    slot       integer NOT NULL,
+    id         text COLLATE "C" NOT NULL,
+    seq        bigint NOT NULL,
+    term       integer NOT NULL DEFAULT 1,
+    deleted    boolean NOT NULL,
+    text       text,
+    attributes jsonb NOT NULL,
+    PRIMARY KEY (slot, id)
+) PARTITION BY HASH (slot);
+CREATE INDEX {documents}_seq ON {documents} (seq);
+CREATE TABLE {vectors} (
+    slot    integer NOT NULL,
+    id      text COLLATE "C" NOT NULL,
+    doc_seq bigint NOT NULL,
+    vector  bytea STORAGE EXTERNAL NOT NULL,
+    PRIMARY KEY (slot, id)
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05,
+        toast.autovacuum_vacuum_scale_factor = 0.05);
+
+-- create_partition: one hash partition of a documents table
+CREATE TABLE {documents}_{part} PARTITION OF {documents} FOR VALUES WITH (MODULUS {parts}, REMAINDER {part})
+WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
+
+-- collections: all collections of all tenants, with their aliases
+SELECT uid, tenant, name, dim, metric, schema, schema_version, model, slots, shards, replicas, index,
+       max_staleness_ms, generation, space, epoch, created_at_us,
+       ARRAY(SELECT alias FROM aliases WHERE collection_uid = uid ORDER BY alias) AS aliases
+FROM collections ORDER BY uid;
+
+-- find_collection: a collection's identity by name
+SELECT uid, generation FROM collections WHERE tenant = %(tenant)s AND name = %(name)s;
+
+-- drop_registration: forget a collection; its counter and aliases go with it
+DELETE FROM collections WHERE uid = %(uid)s;
+
+-- drop_recent_writes: forget a collection's recent transactions
+DELETE FROM recent_writes WHERE collection_uid = %(uid)s;
+
+-- drop_tables: a collection's documents and vectors
+DROP TABLE {documents}, {vectors};
+
+-- set_alias: point an alias at a collection
+INSERT INTO aliases (tenant, alias, collection_uid) VALUES (%(tenant)s, %(alias)s, %(uid)s)
+ON CONFLICT (tenant, alias) DO UPDATE SET collection_uid = excluded.collection_uid;
+
+-- drop_alias: remove an alias
+DELETE FROM aliases WHERE tenant = %(tenant)s AND alias = %(alias)s;
+
+-- position: where a log stands
+SELECT seq FROM counters WHERE collection_uid = %(uid)s;
+
+-- lock_tables: come before whoever drops them; a writer always has its tables before its counter
+LOCK TABLE ONLY {documents} IN ROW EXCLUSIVE MODE;
+
+-- lock_counter: be the only writer of a log until the transaction ends
+SELECT seq FROM counters WHERE collection_uid = %(uid)s FOR UPDATE;
+
+-- current: what a batch's conditional writes are checked against; text and attributes only where they stay
+SELECT d.slot, d.id, d.term, d.seq, d.deleted,
+       CASE WHEN wanted.whole THEN d.text END,
+       CASE WHEN wanted.whole THEN d.attributes ELSE '{{}}' END
+FROM unnest(%(slots)b::int4[], %(ids)b::text[], %(whole)b::bool[]) AS wanted (slot, id, whole)
+JOIN {documents} d ON d.slot = wanted.slot AND d.id = wanted.id;
+
+-- write_rows: take positions and write the batch, in one statement and so in one round trip
+WITH counter AS (
+    UPDATE counters SET seq = seq + %(positions)s, writes = writes + 1
+    WHERE collection_uid = %(uid)s
+    RETURNING seq - %(positions)s AS after, writes
+), remembered AS (
+    INSERT INTO recent_writes (collection_uid, place, write_id, after)
+    SELECT %(uid)s, writes %% %(remembered)s, %(write_id)s, after FROM counter
+    ON CONFLICT (collection_uid, place) DO UPDATE SET write_id = excluded.write_id, after = excluded.after
+), batch AS (
+    SELECT slot, id, after + ordinal AS seq, deleted, has_vector, text, attributes, row
+    FROM counter, unnest(%(slots)b::int4[], %(ids)b::text[], %(ordinals)b::int4[], %(deleted)b::bool[],
+                         %(has_vector)b::bool[], %(texts)b::text[], %(attributes)b::text[])
+         WITH ORDINALITY AS rows (slot, id, ordinal, deleted, has_vector, text, attributes, row)
+), written AS (
+    INSERT INTO {documents} (slot, id, seq, deleted, text, attributes)
+    SELECT slot, id, seq, deleted, text, attributes::jsonb FROM batch
+    ON CONFLICT (slot, id) DO UPDATE
+    SET seq = excluded.seq, deleted = excluded.deleted, text = excluded.text, attributes = excluded.attributes
+), embedded AS (
+    -- one matrix is cut here: an array of bytea would be copied once more on either side
+    INSERT INTO {vectors} (slot, id, doc_seq, vector)
+    SELECT slot, id, seq,
+           substring(%(matrix)b::bytea FROM ((row - 1) * %(row_bytes)s + 1)::integer FOR %(row_bytes)s)
+    FROM batch WHERE has_vector
+    ON CONFLICT (slot, id) DO UPDATE SET doc_seq = excluded.doc_seq, vector = excluded.vector
+)
+SELECT after FROM counter;
+
+-- drop_vectors: a tombstone has no vector
+DELETE FROM {vectors} v USING unnest(%(slots)b::int4[], %(ids)b::text[]) AS gone (slot, id)
+WHERE v.slot = gone.slot AND v.id = gone.id;
+
+-- move_vectors: a patched document's vector follows it to its new position
+UPDATE {vectors} v SET doc_seq = moved.seq
+FROM unnest(%(slots)b::int4[], %(ids)b::text[], %(seqs)b::int8[]) AS moved (slot, id, seq)
+WHERE v.slot = moved.slot AND v.id = moved.id
+RETURNING v.id, v.vector;
+
+-- remembered: the position that a transaction started from, if it was committed
+SELECT after FROM recent_writes WHERE write_id = %(write_id)s;
+
+-- get: documents by id, at their place in the question
+SELECT wanted.place, d.slot, d.id, d.term, d.seq, d.deleted, d.text, d.attributes,
+       CASE WHEN %(with_vectors)s THEN (
+           SELECT v.vector FROM {vectors} v WHERE v.slot = d.slot AND v.id = d.id AND v.doc_seq = d.seq
+       ) END
+FROM unnest(%(slots)b::int4[], %(ids)b::text[]) WITH ORDINALITY AS wanted (slot, id, place)
+JOIN {documents} d ON d.slot = wanted.slot AND d.id = wanted.id AND NOT d.deleted;
+
+-- scan: live documents in order of slot and id
+SELECT d.slot, d.id, d.term, d.seq, d.deleted, d.text, d.attributes,
+       CASE WHEN %(with_vectors)s THEN (
+           SELECT v.vector FROM {vectors} v WHERE v.slot = d.slot AND v.id = d.id AND v.doc_seq = d.seq
+       ) END
+FROM (
+    SELECT slot, id, term, seq, deleted, text, attributes FROM {documents}
+    WHERE (slot, id) > (%(slot)s, %(id)s) AND NOT deleted
+    ORDER BY slot, id LIMIT %(limit)s
+) d
+ORDER BY d.slot, d.id;
+
+-- tail: the counter and the rows beyond a position; one statement, so one snapshot
+SELECT t.counter, t.slot, t.id, t.term, t.seq, t.deleted, t.text, t.attributes, (
+           SELECT v.vector FROM {vectors} v WHERE v.slot = t.slot AND v.id = t.id AND v.doc_seq = t.seq
+       )
+FROM (
+    -- sorted in here, so that vectors are not carried through the sort
+    SELECT c.seq AS counter, d.* FROM counters c LEFT JOIN LATERAL (
+        SELECT slot, id, term, seq, deleted, text, attributes FROM {documents}
+        WHERE seq > %(after)s ORDER BY seq LIMIT %(limit)s
+    ) d ON true
+    WHERE c.collection_uid = %(uid)s
+    ORDER BY d.seq
+) t
+ORDER BY t.seq;

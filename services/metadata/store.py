@@ -1,0 +1,143 @@
+"""The room's door: one database, opened, claimed and ready."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from services.deadline import Deadline
+from services.metadata.database import Database, connection_arguments
+from services.metadata.documents import Documents
+from services.metadata.log import Log
+from services.metadata.ownership import Ownership
+from services.metadata.registry import Registry
+from services.metadata.schema import StartupRefused
+from services.metadata.statements import bare_statement
+from shard_router.model import Collection, Commit, LogDelta, LogRow, Metric, Schema, Write
+
+__all__ = ["StartupRefused", "Store"]
+
+
+class Store:
+    """The truth about collections and documents, and the log of their writes.
+
+    What `write` confirmed is durable; what `tail` has passed is complete. Every method may raise
+    StorageUnavailable (no server, or it went away), DeadlineExceeded("database") and Overloaded.
+    """
+
+    def __init__(self, database: Database, ownership: Ownership, *, writers: int) -> None:
+        self._database = database
+        self._ownership = ownership
+        self._registry = Registry(database)
+        self._documents = Documents(database, ownership)
+        self._log = Log(database, ownership, writers=writers)
+
+    @classmethod
+    async def open(
+        cls, url: str, *, pool_size: int = 8, statement_timeout_ms: int = 10_000, wait_s: float = 15.0
+    ) -> "Store":
+        """Wait up to `wait_s` for the server, claim the database, bring its schema up to date.
+
+        Raises StartupRefused: unreachable, in use by another service, too old a server, not UTF8, or last
+        used by a newer release.
+        """
+        arguments = connection_arguments(url, statement_timeout_ms)
+        ownership = Ownership(arguments)
+        database = Database(arguments, pool_size=pool_size, statement_timeout_ms=statement_timeout_ms)
+        try:
+            await ownership.take(wait_s)
+            await database.open()
+        except BaseException:
+            await ownership.close()
+            await database.close()
+            raise
+        return cls(database, ownership, writers=max(1, pool_size // 2))
+
+    @property
+    def log_id(self) -> str:
+        """The log's identity; another one after a restore or a failover to another timeline."""
+        return self._ownership.log_id
+
+    async def create_collection(
+        self,
+        *,
+        tenant: str,
+        name: str,
+        dim: int,
+        metric: Metric,
+        schema: Schema,
+        model: str | None,
+        slots: int,
+        shards: int,
+        replicas: int,
+        index: str,
+        max_staleness_ms: int,
+        space: str,
+    ) -> Collection:
+        """A new, empty collection; AlreadyExists if a collection or an alias has its name."""
+        return await self._registry.create(
+            tenant=tenant,
+            name=name,
+            dim=dim,
+            metric=metric,
+            schema=schema,
+            model=model,
+            slots=slots,
+            shards=shards,
+            replicas=replicas,
+            index=index,
+            max_staleness_ms=max_staleness_ms,
+            space=space,
+        )
+
+    async def collections(self) -> list[Collection]:
+        """All collections of all tenants, oldest first."""
+        return await self._registry.collections()
+
+    async def delete_collection(self, tenant: str, name: str) -> None:
+        """Forget a collection with its aliases and documents; NotFound."""
+        await self._registry.delete(tenant, name)
+
+    async def set_alias(self, tenant: str, alias: str, collection: str | None) -> None:
+        """Point an alias at a collection, or remove it (None); NotFound, AlreadyExists."""
+        await self._registry.set_alias(tenant, alias, collection)
+
+    async def write(self, collection: Collection, writes: Sequence[Write], *, deadline: Deadline) -> Commit:
+        """Commit writes in their order, each with an outcome of its own; NotFound if the collection is gone.
+
+        After StorageUnavailable or DeadlineExceeded some or all of them may be committed.
+        """
+        return await self._log.write(collection, writes, deadline=deadline)
+
+    async def get(
+        self, collection: Collection, ids: Sequence[str], *, with_vectors: bool
+    ) -> tuple[list[LogRow | None], np.ndarray | None]:
+        """The live documents at their ids' places, else None; vectors float32 [ids, dim], zeros for None."""
+        return await self._documents.get(collection, ids, with_vectors=with_vectors)
+
+    async def scan(
+        self, collection: Collection, after: tuple[int, str] | None, limit: int, *, with_vectors: bool
+    ) -> tuple[list[LogRow], np.ndarray | None]:
+        """A page of live documents in order of (slot, id), strictly after `after`; vectors [rows, dim]."""
+        return await self._documents.scan(collection, after, limit, with_vectors=with_vectors)
+
+    async def position(self, collection: Collection) -> int:
+        """Where the collection's log stands."""
+        return await self._documents.position(collection)
+
+    async def tail(self, collection: Collection, after: int, limit: int = 4096) -> LogDelta:
+        """The log beyond `after`, at most `limit` rows of it; UnknownLog if it never was at `after`."""
+        return await self._documents.tail(collection, after, limit)
+
+    async def ping(self) -> None:
+        """Return if the server answers."""
+        async with self._database.connection() as connection:
+            await connection.execute(bare_statement("ping"))
+
+    async def close(self) -> None:
+        """Give up the claim and every connection."""
+        await self._database.close()
+        await self._ownership.close()
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start, and the pool as it is now."""
+        return {"claim_held": float(self._ownership.held), **self._log.stats(), **self._database.stats()}

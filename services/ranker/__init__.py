@@ -1,0 +1,1 @@
+"""The ranker: orders retrieved candidates by weighted features, and spreads them."""

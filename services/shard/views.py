@@ -1,0 +1,226 @@
+"""A shard as it is at one moment: what a search reads, without a lock, while writes go on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from index_builder.segments.segment import Segment
+from services.shard.filter_cache import FilterCache
+from services.shard.memtable import BLOCK_ROWS, Memtable
+from shard_router import filters
+from shard_router.filters import Filter
+from shard_router.model import Attributes, Hit, Include, Version
+
+_NO_ATTRIBUTES: Mapping[str, str] = {}
+#: More rows than k that each part tells, so that equal scores at the cut are chosen by id.
+_TIES = 8
+
+
+class View(Protocol):
+    """The live rows of one part."""
+
+    #: Names the part among all of its replica.
+    number: int
+    #: bool [rows], False for a document superseded or deleted; None where every row is live.
+    live: np.ndarray | None
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has, dead ones included."""
+
+    def passing(self, filter: Filter, digest: bytes, cache: FilterCache) -> np.ndarray:
+        """Which rows' attributes pass a checked filter, bool [rows]; not to be changed."""
+
+    def search(
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, refine: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best k allowed rows of each query: scores float32 [q, k], rows int64 [q, k] (-1 pads)."""
+
+    def id_at(self, row: int) -> str:
+        """A row's id."""
+
+    def version_at(self, row: int) -> Version:
+        """A row's version."""
+
+    def attributes_at(self, row: int) -> Attributes:
+        """A row's attributes."""
+
+    def text_at(self, row: int) -> str | None:
+        """A row's text."""
+
+    def vector_at(self, row: int) -> np.ndarray:
+        """A row's vector as searched, float32 [dim]; a view."""
+
+
+class SegmentView:
+    """A segment and its live rows."""
+
+    def __init__(self, number: int, segment: Segment, live: np.ndarray | None) -> None:
+        self.number, self.live, self._segment = number, live, segment
+        self.rows = segment.rows
+        self.id_at, self.version_at, self.text_at = segment.id_at, segment.version_at, segment.text_at
+        self.attributes_at = segment.columns.attributes_at
+        self.vector_at = segment.vectors.__getitem__
+
+    def passing(self, filter: Filter, digest: bytes, cache: FilterCache) -> np.ndarray:
+        """As View says; the segment never changes, so the answer is kept."""
+        return cache.get((self.number, -1, digest), partial(filters.evaluate, filter, self._segment.columns))
+
+    def search(
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, refine: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As View says."""
+        return self._segment.search(queries, k, allowed=allowed, exact=exact, refine=refine)
+
+
+class MemtableView:
+    """The first rows of a memtable, and which of them are live."""
+
+    def __init__(self, number: int, memtable: Memtable, rows: int, live: np.ndarray | None) -> None:
+        self.number, self.rows, self.live, self._memtable = number, rows, live, memtable
+
+    def passing(self, filter: Filter, digest: bytes, cache: FilterCache) -> np.ndarray:
+        """As View says; whole blocks never change, so their answers are kept."""
+        answers = []
+        for block in range(-(-self.rows // BLOCK_ROWS)):
+            columns = self._memtable.columns(block, self.rows)
+            if columns.rows == BLOCK_ROWS:
+                key = (self.number, block, digest)
+                answers.append(cache.get(key, partial(filters.evaluate, filter, columns)))
+            else:
+                answers.append(filters.evaluate(filter, columns))
+        return np.concatenate(answers)[: self.rows] if answers else np.zeros(0, np.bool_)
+
+    def search(
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, refine: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As View says; always exact."""
+        return self._memtable.search(queries, k, self.rows, allowed)
+
+    def id_at(self, row: int) -> str:
+        """As View says."""
+        return self._memtable.rows[row].id
+
+    def version_at(self, row: int) -> Version:
+        """As View says."""
+        return self._memtable.rows[row].version
+
+    def attributes_at(self, row: int) -> Attributes:
+        """As View says."""
+        return self._memtable.rows[row].attributes
+
+    def text_at(self, row: int) -> str | None:
+        """As View says."""
+        return self._memtable.rows[row].text
+
+    def vector_at(self, row: int) -> np.ndarray:
+        """As View says."""
+        vector: np.ndarray = self._memtable.vectors[row]
+        return vector
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One row that a query found."""
+
+    score: float
+    view: View
+    row: int
+
+    @property
+    def id(self) -> str:
+        """The document's id."""
+        return self.view.id_at(self.row)
+
+    def hit(self, include: Include) -> Hit:
+        """The document, with the parts asked for."""
+        view, row = self.view, self.row
+        return Hit(
+            id=view.id_at(row),
+            score=self.score,
+            version=view.version_at(row),
+            attributes=view.attributes_at(row) if include.attributes else _NO_ATTRIBUTES,
+            text=view.text_at(row) if include.text else None,
+            vector=view.vector_at(row) if include.vector else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Every live document once, as of `position` at least; never changes."""
+
+    position: int
+    views: Sequence[View]
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        filter: Filter | None,
+        exact: bool,
+        refine: float,
+        cache: FilterCache,
+    ) -> list[list[Found]]:
+        """The best k live documents of each query that pass the filter; ties in ascending order of id.
+
+        queries: float32 [q, dim], prepared; refine: candidates scored exactly, as a multiple of k. Of
+        more than 8 documents with one score at the cut, any may be left out.
+        """
+        parts = [
+            (view, *view.search(queries, k + _TIES, allowed, exact, refine))
+            for view, allowed in self.allowed(filter, cache)
+        ]
+        if not parts:
+            return [[] for _ in queries]
+        width = k + _TIES
+        scores = np.concatenate([scores for _, scores, _ in parts], axis=1)
+        answers: list[list[Found]] = []
+        for i, row_scores in enumerate(scores):
+            order = np.argsort(-row_scores, kind="stable")
+            ranked = row_scores[order]
+            # Everything as good as the k-th stays in until ids have decided.
+            least = ranked[min(k, len(ranked)) - 1]
+            end = int(np.searchsorted(-ranked, -least, side="right"))
+            found = []
+            for at in order[:end].tolist():
+                view, _, rows = parts[at // width]
+                row = int(rows[i, at % width])
+                if row >= 0:
+                    found.append(Found(float(row_scores[at]), view, row))
+            found.sort(key=lambda one: (-one.score, one.id))
+            answers.append(found[:k])
+        return answers
+
+    def allowed(self, filter: Filter | None, cache: FilterCache) -> list[tuple[View, np.ndarray | None]]:
+        """Every part with any live row that passes, and which do: bool [rows], None for all."""
+        digest = b"" if filter is None else filters.digest(filter)
+        result: list[tuple[View, np.ndarray | None]] = []
+        for view in self.views:
+            allowed = view.live
+            if filter is not None:
+                passing = view.passing(filter, digest, cache)
+                allowed = passing if allowed is None else passing & allowed
+            if view.rows and (allowed is None or allowed.any()):
+                result.append((view, allowed))
+        return result
+
+    def count(self, filter: Filter | None, cache: FilterCache) -> int:
+        """How many live documents pass."""
+        return sum(
+            view.rows if allowed is None else int(np.count_nonzero(allowed))
+            for view, allowed in self.allowed(filter, cache)
+        )
+
+    def matching(self, filter: Filter | None, limit: int, cache: FilterCache) -> list[tuple[str, Version]]:
+        """Ids and versions of at most `limit` live documents that pass."""
+        found: list[tuple[str, Version]] = []
+        for view, allowed in self.allowed(filter, cache):
+            picks = np.arange(view.rows) if allowed is None else np.flatnonzero(allowed)
+            found += [(view.id_at(row), view.version_at(row)) for row in picks[: limit - len(found)].tolist()]
+            if len(found) >= limit:
+                break
+        return found

