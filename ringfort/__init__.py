@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import (
         Aborted,
         AlreadyExists,
+        Cancelled,
         DataLoss,
         DeadlineExceeded,
         FailedPrecondition,
@@ -48,6 +49,7 @@ _HOMES = {
     "errors": (
         "Aborted",
         "AlreadyExists",
+        "Cancelled",
         "DataLoss",
         "DeadlineExceeded",
         "FailedPrecondition",
@@ -83,6 +85,7 @@ __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "BatchSearchResult",
+    "Cancelled",
     "Client",
     "Collection",
     "Coverage",

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        return _tell(_facts(error), as_json)
+        facts = _facts(error)
+        return _tell(facts, as_json, INTERRUPTED if facts["code"] == "CANCELLED" else FAILED)
     return code if isinstance(code, int) else 0
 
 

@@ -22,6 +22,7 @@ from ringfort import tables, terminal
 from ringfort.calls import search as search_calls
 from ringfort.calls.call import Call, M
 from ringfort.client import Client
+from ringfort.commands.service import up_command
 from ringfort.errors import DeadlineExceeded, FailedPrecondition, NotFound
 from ringfort.load.columns import Columns
 from ringfort.load.load import Load
@@ -56,8 +57,8 @@ class Service:
         self.grpc = self.http = ""
         self._log = data_dir.with_name(f"{data_dir.name}.log")
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        listen = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-        command = [sys.executable, "-m", "services", "up", "--data-dir", str(data_dir), *listen, "--json"]
+        listen = ("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
+        command = up_command("--data-dir", str(data_dir), *listen, "--json")
         with self._log.open("w") as log:
             # In a session of its own: Ctrl-C is for the demo, which then stops the service in order.
             self._process = subprocess.Popen(
@@ -127,6 +128,9 @@ class Demo:
                     self._fill(client)
                     self._show(client)
                 stays = self._keep
+            except KeyboardInterrupt:
+                self._say("Interrupted", "stopping the service")
+                raise
             finally:
                 if not stays:
                     service.stop()

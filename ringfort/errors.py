@@ -83,6 +83,12 @@ class DeadlineExceeded(RingfortError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class Cancelled(RingfortError):
+    """It was interrupted on this side."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
 class Unimplemented(RingfortError):
     """This release of the service does not offer that."""
 

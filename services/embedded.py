@@ -25,9 +25,11 @@ from services.embedder.embedder import Embedder
 from services.embedder.onnx_model import OnnxModel
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
+from services.gateway.batch import BatchRetrieval
 from services.gateway.catalog import Catalog
 from services.gateway.documents import Documents
 from services.gateway.embeddings import Embeddings
+from services.gateway.fanout import FanOut
 from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
 from services.gateway.recommend import Recommend
@@ -45,6 +47,7 @@ from services.metadata.store import Store
 from services.ranker.ranker import Ranker
 from services.supervisor import Supervisor
 from services.telemetry import Telemetry, log_to
+from shard_router import filters
 from shard_router.errors import RingfortError
 
 log = logging.getLogger(__name__)
@@ -97,13 +100,16 @@ class Embedded:
         self._stack.push_async_callback(ingest.close)
 
         answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
-        retrieval = Retrieval(catalog, embeddings, answers, gateway.limits, random.Random())
+        ranker = Ranker()
+        fanout = FanOut(random.Random())
+        retrieval = Retrieval(catalog, embeddings, fanout, answers, gateway.limits)
+        batch = BatchRetrieval(catalog, retrieval, embeddings, fanout, answers, gateway.limits)
         recommend = Recommend(
-            catalog, retrieval, Ranker(), answers, gateway.limits,
+            catalog, retrieval, fanout, ranker, answers, gateway.limits,
             default_candidates=self._config.ranker.default_candidates,
         )  # fmt: skip
         embedding_service = EmbeddingService(embeddings, self._config)
-        search_service = SearchService(retrieval, recommend)
+        search_service = SearchService(retrieval, batch, recommend)
         components = functools.partial(_components, supervisor, cache, self._config)
         admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
         server = Server(
@@ -124,7 +130,7 @@ class Embedded:
         for part, stats in (
             ("gateway", admission.stats), ("answers", answers.stats), ("cache", cache.stats),
             ("embedder", embeddings.embedder.stats), ("metadata", store.stats), ("shard", catalog.stats),
-            ("supervisor", supervisor.stats),
+            ("ranker", ranker.stats), ("supervisor", supervisor.stats),
         ):  # fmt: skip
             telemetry.parts.add(part, stats)
 
@@ -179,9 +185,11 @@ class Embedded:
             )
             return await asyncio.to_thread(build)
 
+        # The grammar is built once; better now than within somebody's first filtered search.
+        grammar = asyncio.create_task(asyncio.to_thread(filters.parse, "ready = true"))
         opening, starting = asyncio.create_task(store()), asyncio.create_task(redis_url())
         building = asyncio.create_task(manifest())
-        tasks: tuple[asyncio.Task[Any], ...] = (opening, starting, building)
+        tasks: tuple[asyncio.Task[Any], ...] = (opening, starting, building, grammar)
         try:
             await asyncio.gather(*tasks)
         except BaseException:

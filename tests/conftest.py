@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -55,6 +56,7 @@ class SessionServers:
     """A supervisor on an event loop of its own, as tests come and go with theirs."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._data_dir = DataDir.open(path, release="test")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="session-servers", daemon=True)
@@ -90,6 +92,25 @@ def postgres_url(session_servers: SessionServers) -> str:
 def valkey_url(session_servers: SessionServers) -> str:
     """A Valkey for the session, 64 MiB."""
     return session_servers.run(session_servers.supervisor.start_valkey(maxmemory_bytes=64 * 1024 * 1024))
+
+
+@pytest.fixture(scope="session")
+def made_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A closed data directory in which Postgres has been made; to be copied, as making one takes seconds."""
+    servers = SessionServers(tmp_path_factory.mktemp("made") / "data")
+    try:
+        servers.run(servers.supervisor.start_postgres())
+    finally:
+        servers.close()
+    return servers.path
+
+
+@pytest.fixture
+def data_path(made_data_dir: Path, tmp_path: Path) -> Path:
+    """A test's own data directory, in which Postgres has been made."""
+    # cp keeps owners, who under root are not root.
+    subprocess.run(["cp", "-a", made_data_dir, tmp_path / "data"], check=True)
+    return tmp_path / "data"
 
 
 @pytest.fixture(scope="session")

@@ -47,21 +47,25 @@ def ensure_model(
 
     Files are checked against their SHA-256 each time; a damaged directory is rebuilt. A build shows up
     whole or not at all, and one process builds at a time. `source` is a sentence-transformers directory in
-    place of the packaged weights. ModelMissing says how to get those; ModelUnsupported, ModelInaccurate.
+    place of the packaged weights; where it holds another model than was built, that one is replaced.
+    ModelMissing says how to get the weights; ModelUnsupported; ModelInaccurate.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, not one of {', '.join(PRECISIONS)}")
     target = directory / DEFAULT_MODEL / precision
-    manifest = _open(target)
+    # The packaged weights are one release and never change; a directory of one's own may.
+    space = ModelSource.open(source).space if source else None
+    manifest = _open(target, space)
     if manifest is not None:
         return manifest
     target.parent.mkdir(parents=True, exist_ok=True)
     with _sole_builder(target.parent):
-        return _open(target) or _build(target, source or packaged_model(), precision, progress or _silent)
+        built = _open(target, space)
+        return built or _build(target, source or packaged_model(), precision, progress or _silent)
 
 
-def _open(target: Path) -> ModelManifest | None:
-    """The manifest of a sound directory of the present recipe, or None where one has to be built."""
+def _open(target: Path, space: str | None) -> ModelManifest | None:
+    """The manifest of a sound directory of the present recipe and of `space`, or None where to build one."""
     if not target.exists():
         return None
     try:
@@ -71,6 +75,9 @@ def _open(target: Path) -> ModelManifest | None:
         return None
     if manifest.recipe != RECIPE:
         log.info("model %s was built by recipe %d and will be rebuilt", target, manifest.recipe)
+        return None
+    if space not in (None, manifest.space):
+        log.warning("model %s is of space %s, its source of %s: rebuilding", target, manifest.space, space)
         return None
     return manifest
 

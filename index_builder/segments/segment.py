@@ -34,7 +34,7 @@ _ALIGN_BYTES = 64
 #: Where a smaller share of rows is allowed, scoring just those is cheaper than passing over all codes.
 _SCAN_SHARE = 1 / 50
 #: Candidates scored exactly, as a multiple of k, where the caller names no other.
-REFINE = 2.0
+REFINE = 1.5
 
 
 class _ArrayPlace(msgspec.Struct, frozen=True):

@@ -24,7 +24,8 @@ def prepare(vectors: np.ndarray, metric: Metric, out: np.ndarray | None = None) 
             return vectors
         out[...] = vectors
         return out
-    squares = np.vecdot(vectors, vectors)
+    with np.errstate(over="ignore"):
+        squares = np.vecdot(vectors, vectors)
     result: np.ndarray = np.empty_like(vectors) if out is None else out
     if ((squares > 1e-30) & (squares < 1e30)).all():
         np.divide(vectors, np.sqrt(squares)[:, None], out=result)

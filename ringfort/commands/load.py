@@ -1,5 +1,6 @@
 """`load`: a file into a collection."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,7 +58,7 @@ def load(
     source = open_source(file, format)
     columns = Columns(id, text, types, vector)
     with Client(server) as client:
-        target = _find(client, collection, quiet=json) or (
+        target = _find(client, collection, json=json) or (
             client.create_collection(collection, attributes=types, dim=first_dim(source.rows(), columns))
             if create
             else None
@@ -77,14 +78,18 @@ def load(
         _run(load, collection, json=json)
 
 
-def _find(client: "Client", name: str, *, quiet: bool) -> "CollectionInfo | None":
+def _find(client: "Client", name: str, *, json: bool) -> "CollectionInfo | None":
     """The collection, None if there is none; a service that is away is tried for PATIENCE_S."""
     from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
+    from ringfort.calls.collections import collection
     from ringfort.errors import NotFound, Unavailable
+    from ringfort.terminal import print_json
 
     def say(state: RetryCallState) -> None:
-        if state.attempt_number == 1 and not quiet:
+        if json:
+            print_json({"acknowledged": 0, "failed": 0, "rate": 0.0, "total": None})
+        elif state.attempt_number == 1:
             typer.echo(f"no service answers at {client.server} yet, trying for {PATIENCE_S:.0f} s", err=True)
 
     patiently = Retrying(
@@ -94,8 +99,10 @@ def _find(client: "Client", name: str, *, quiet: bool) -> "CollectionInfo | None
         before_sleep=say,
         reraise=True,
     )
+    # Not repeatable: here the pauses are ours, so that each can be told.
+    call = replace(collection(name), repeatable=False)
     try:
-        return patiently(client.collection, name)
+        return call.read(patiently(client.send, call))
     except NotFound:
         return None
 
@@ -114,7 +121,7 @@ def _usable(checkpoint: "Checkpoint", *, restart: bool) -> "Checkpoint | None":
 
 def _run(load: "Load", collection: str, *, json: bool) -> None:
     """Runs a load to its end or its interruption, telling how far it is."""
-    from ringfort.errors import InvalidArgument, Unavailable
+    from ringfort.errors import Cancelled, InvalidArgument, Unavailable
     from ringfort.load.progress import run_with_bar, run_with_json
     from ringfort.terminal import console
 
@@ -126,8 +133,7 @@ def _run(load: "Load", collection: str, *, json: bool) -> None:
         else:
             run_with_bar(load, collection, console(stderr=True))
     except KeyboardInterrupt:
-        typer.echo(f"ringfort: interrupted; {_how_far(load)}", err=True)
-        raise typer.Exit(130) from None
+        raise Cancelled(f"interrupted; {_how_far(load)}") from None
     except Unavailable as error:
         raise Unavailable(f"{error}; {_how_far(load)}", reason=error.reason) from error
     done = load.progress

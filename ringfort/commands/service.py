@@ -10,6 +10,12 @@ import typer
 from ringfort.commands.options import Json
 
 
+def up_command(*args: str) -> list[str]:
+    """The command line of the service's own process."""
+    # -P: a `services` in the user's working directory is not ours.
+    return [sys.executable, "-P", "-m", "services", "up", *args]
+
+
 def up(
     data_dir: Annotated[
         Path | None,
@@ -51,7 +57,7 @@ def up(
     }
     args = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
     args += [flag for flag, wanted in (("--insecure", insecure), ("--json", json)) if wanted]
-    os.execv(sys.executable, [sys.executable, "-m", "services", "up", *args])
+    os.execv(sys.executable, up_command(*args))
 
 
 def demo(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from redis.asyncio import Redis
 from redis.exceptions import InvalidResponse
 
+from services.cache.background import end, start
 from services.cache.frame import unseal
 from services.cache.health import Health
 
@@ -115,7 +116,7 @@ class Reads:
         while self._waiting and len(self._lanes) < LANES:
             batch = self._waiting.popleft()
             self._waiting_keys -= len(batch.keys)
-            lane = asyncio.get_running_loop().create_task(self._ask(batch))
+            lane = start(self._ask(batch))
             self._lanes.add(lane)
             lane.add_done_callback(self._free)
 
@@ -169,7 +170,4 @@ class Reads:
         while self._waiting:
             self._waiting.pop().settle(NOTHING)
         self._waiting_keys = 0
-        lanes = list(self._lanes)
-        for lane in lanes:
-            lane.cancel()
-        await asyncio.gather(*lanes, return_exceptions=True)
+        await end(list(self._lanes))

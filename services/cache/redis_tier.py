@@ -8,14 +8,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
+from services.cache.background import end, start
 from services.cache.breaker import Breaker
 from services.cache.health import Health
 from services.cache.reads import LANES, Reads
@@ -72,8 +72,8 @@ class RedisTier:
     async def open(self) -> None:
         """Looks for the server once (a second at most) and starts the background tasks; never fails."""
         await self._probe()
-        self._watcher = _start(self._watch())
-        self._writer = _start(self.writes.run())
+        self._watcher = start(self._watch())
+        self._writer = start(self.writes.run())
 
     async def close(self) -> None:
         """Writes what is queued, as far as that takes one second, and ends everything."""
@@ -82,10 +82,7 @@ class RedisTier:
             await asyncio.wait([self._writer], timeout=CONNECT_TIMEOUT_MS / 1000)
             if len(self.writes):
                 logger.warning("stopped with %d values not written to redis", len(self.writes))
-        running = [task for task in (self._watcher, self._writer) if task]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await end([task for task in (self._watcher, self._writer) if task])
         await self.reads.close()
         await self._redis.aclose()
 
@@ -161,15 +158,3 @@ async def _wait(event: asyncio.Event, timeout_s: float) -> None:
             await event.wait()
     except TimeoutError:
         pass
-
-
-def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """A background task whose failure is seen."""
-    task = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(_report)
-    return task
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("a background task of the cache ended", exc_info=error)

@@ -1,8 +1,8 @@
 """What is done next, and for whom: the decisions, without clock, threads or model.
 
 Fairness is start-time fair queueing: a call's tag is the work it has had, counted from the virtual time at
-which it came, and the call with the least tag leads. Virtual time advances by work done divided by calls
-waiting, so a newcomer goes before the rest of a bulk call, but not for ever.
+which it came, and the call with the least tag leads. Virtual time advances by work done, divided by the
+calls that wait and one to come: so a newcomer goes before the rest of a bulk call, but not for ever.
 """
 
 import heapq
@@ -28,10 +28,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tokenize:
-    """Some texts of one call to be tokenized; `tokenized` must be told."""
+    """Some texts to be tokenized, of as many calls as it takes; `tokenized` must be told."""
 
-    call: int
-    rows: range
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class _Call:
 
     text_bytes: Sequence[int]
     deadline_s: float
-    #: Work had so far, in tokens, from the virtual time of its arrival.
+    #: Work had so far, in tokens, on top of the virtual time of its arrival.
     tag: float
     #: Rows that no batch has taken.
     left: int
@@ -98,19 +97,18 @@ class WaitingTexts:
         heapq.heappush(self._line, (self._virtual_time, call))
         self.rows += len(text_bytes)
 
-    def tokenized(self, work: Tokenize, lengths: Sequence[int]) -> None:
-        """The texts of `work` have so many tokens each, and can be batched unless their call was dropped."""
-        call = self._calls.get(work.call)
-        if call is None:
-            return
-        while len(self._buckets) <= max(lengths):
+    def tokenized(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        """Rows that were tokenized have so many tokens each, and can be batched if their call is still here."""
+        while len(self._buckets) <= max(lengths, default=0):
             self._buckets.append({})
-        for row, length in zip(work.rows, lengths, strict=True):
-            self._buckets[length][Row(work.call, row)] = None
-            call.by_length.append((length, row))
-        call.by_length.sort()
-        call.ready += len(lengths)
-        heapq.heappush(self._line, (call.tag, work.call))
+        for row, length in zip(rows, lengths, strict=True):
+            if (call := self._calls.get(row.call)) is not None:
+                self._buckets[length][row] = None
+                call.by_length.append((length, row.row))
+                call.ready += 1
+        for number in {row.call for row in rows} & self._calls.keys():
+            self._calls[number].by_length.sort()
+            heapq.heappush(self._line, (self._calls[number].tag, number))
 
     def drop(self, call: int) -> None:
         """Forget what still waits of a call; an unknown call changes nothing."""
@@ -122,43 +120,48 @@ class WaitingTexts:
             self._buckets[length].pop(Row(call, row), None)
 
     def take(self, now_s: float) -> Taken:
-        """The next work for the call that has had least: its texts to tokenize, or a batch with its longest.
+        """The next work for the call that has had least: texts to tokenize, or a batch with its longest.
 
         `work` is None where there is nothing to do now.
         """
         late: list[int] = []
-        while (lead := self._lead()) is not None and self._calls[lead].deadline_s <= now_s:
-            late.append(lead)
-            self.drop(lead)
-        if lead is None:
-            return Taken(None, late)
-        if self._calls[lead].next_row < len(self._calls[lead].text_bytes):
-            return Taken(self._chunk(lead), late)
-        return Taken(self._batch(lead, now_s, late), late)
+        rows: list[Row] = []
+        size = 0
+        while size < TOKENIZE_BYTES and (lead := self._lead(now_s, late)) is not None:
+            if self._calls[lead].next_row < len(self._calls[lead].text_bytes):
+                size += self._tokenize(lead, TOKENIZE_BYTES - size, rows)
+            elif rows:
+                break
+            else:
+                return Taken(self._batch(lead, now_s, late), late)
+        return Taken(Tokenize(rows) if rows else None, late)
 
-    def _lead(self) -> int | None:
-        """The call with the least tag of those that are not idle."""
+    def _lead(self, now_s: float, late: list[int]) -> int | None:
+        """The call with the least tag of those that are neither idle nor late; late ones before it go."""
         while self._line:
             tag, number = self._line[0]
             call = self._calls.get(number)
-            if call is not None and not call.idle and call.tag == tag:
+            if call is not None and call.deadline_s <= now_s:
+                late.append(number)
+                self.drop(number)
+            elif call is not None and not call.idle and call.tag == tag:
                 return number
             heapq.heappop(self._line)
-            if call is not None and not call.idle:
+            if number in self._calls and call is not None and not call.idle:
                 heapq.heappush(self._line, (call.tag, number))
         return None
 
-    def _chunk(self, number: int) -> Tokenize:
-        """The next texts of a call that nobody tokenizes yet."""
+    def _tokenize(self, number: int, room_bytes: int, rows: list[Row]) -> int:
+        """Add the next rows of a call that nobody tokenizes yet, about `room_bytes` of them; their bytes."""
         call = self._calls[number]
-        first = call.next_row
         size = 0
-        while call.next_row < len(call.text_bytes) and size < TOKENIZE_BYTES:
+        while call.next_row < len(call.text_bytes) and size < room_bytes:
+            rows.append(Row(number, call.next_row))
             size += call.text_bytes[call.next_row]
             call.next_row += 1
         call.tag += size * WORK_PER_BYTE
-        self._virtual_time += size * WORK_PER_BYTE / len(self._calls)
-        return Tokenize(number, range(first, call.next_row))
+        self._advance(size * WORK_PER_BYTE)
+        return size
 
     def _batch(self, lead: int, now_s: float, late: list[int]) -> Infer:
         """The longest ready row of a call and rows of similar length, of any call, up to a batch."""
@@ -192,7 +195,7 @@ class WaitingTexts:
 
     def _charge(self, taken: Sequence[tuple[Row, int]]) -> None:
         """Take rows out of what waits, as work had by their calls."""
-        active = len(self._calls)
+        self._advance(sum(length for _, length in taken))
         for row, length in taken:
             call = self._calls[row.call]
             del self._buckets[length][row]
@@ -202,7 +205,10 @@ class WaitingTexts:
             if not call.left:
                 del self._calls[row.call]
         self.rows -= len(taken)
-        self._virtual_time += sum(length for _, length in taken) / active
+
+    def _advance(self, work: float) -> None:
+        """Let virtual time pass while `work` is done."""
+        self._virtual_time += work / (len(self._calls) + 1)
 
     def validate_state(self) -> None:
         """Raise AssertionError where the parts disagree; for tests."""

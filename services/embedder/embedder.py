@@ -15,7 +15,7 @@ import numpy as np
 from index_builder.models.manifest import ModelManifest
 from index_builder.models.tokenizer import padded
 from services.deadline import Deadline
-from services.embedder.batching import Infer, Tokenize, WaitingTexts
+from services.embedder.batching import Infer, Row, Tokenize, WaitingTexts
 from services.embedder.onnx_model import OnnxModel
 from shard_router.errors import DeadlineExceeded, EmbedderUnavailable, InvalidField, Overloaded, RingfortError
 
@@ -204,15 +204,14 @@ class Embedder:
         while (work := self._next()) is not None:
             try:
                 if isinstance(work, Tokenize):
-                    self._tokenize(work)
+                    self._tokenize(work.rows)
                 else:
-                    self._infer(work)
+                    self._infer(work.rows)
             except Exception as error:  # whatever went wrong, these callers must hear of it
                 log.exception("embedding failed model=%s", self.manifest.model)
-                numbers = [work.call] if isinstance(work, Tokenize) else [row.call for row in work.rows]
                 with self._changed:
                     self._counts["failed_batches_total"] += 1
-                    for number in numbers:
+                    for number in {row.call for row in work.rows}:
                         self._fail(number, EmbedderUnavailable(self.manifest.model, str(error)))
 
     def _next(self) -> Tokenize | Infer | None:
@@ -230,55 +229,54 @@ class Embedder:
                     return None
                 self._changed.wait()
 
-    def _tokenize(self, work: Tokenize) -> None:
-        """Tokenize some texts of a call, so that they can be batched."""
+    def _calls_of(self, rows: Sequence[Row]) -> list[tuple[_Call, Row]]:
+        """Rows with their calls, less those whose callers have gone."""
         with self._changed:
-            call = self._calls.get(work.call)
-        if call is None:
-            return
+            calls = [self._calls.get(row.call) for row in rows]
+        return [(call, row) for row, call in zip(rows, calls, strict=True) if call is not None]
+
+    def _tokenize(self, rows: Sequence[Row]) -> None:
+        """Tokenize some texts, so that they can be batched."""
         began_s = self._clock()
-        tokens = self._model.tokenizer.encode([call.prompt + call.texts[row] for row in work.rows])
-        lengths = [len(ids) for ids in tokens.ids]
-        rows = slice(work.rows.start, work.rows.stop)
-        call.tokens[rows] = lengths
-        call.truncated[rows] = tokens.truncated
-        call.ids.update(zip(work.rows, tokens.ids, strict=True))
+        wanted = self._calls_of(rows)
+        tokens = self._model.tokenizer.encode([call.prompt + call.texts[row.row] for call, row in wanted])
+        for (call, row), ids, truncated in zip(wanted, tokens.ids, tokens.truncated, strict=True):
+            call.ids[row.row] = ids
+            call.tokens[row.row] = len(ids)
+            call.truncated[row.row] = truncated
         done_s = self._clock()
         with self._changed:
-            call.taken_s = min(call.taken_s, began_s)
-            call.tokenized_s = max(call.tokenized_s, done_s)
-            self._waiting.tokenized(work, lengths)
+            for call, _ in wanted:
+                call.taken_s = min(call.taken_s, began_s)
+                call.tokenized_s = max(call.tokenized_s, done_s)
+            self._waiting.tokenized([row for _, row in wanted], [len(ids) for ids in tokens.ids])
             self._counts["tokenize_ms_total"] += (done_s - began_s) * 1000
 
-    def _infer(self, work: Infer) -> None:
-        """Run a batch and hand its vectors to their calls."""
-        with self._changed:
-            calls = [self._calls.get(row.call) for row in work.rows]
-        rows = [(call, row) for row, call in zip(work.rows, calls, strict=True) if call is not None]
-        if not rows:
-            return
+    def _infer(self, rows: Sequence[Row]) -> None:
+        """Run a batch and hand its vectors to their calls; those that are complete are answered."""
         began_s = self._clock()
-        ids, mask = padded([call.ids.pop(row.row) for call, row in rows])
+        wanted = self._calls_of(rows)
+        if not wanted:
+            return
+        ids, mask = padded([call.ids.pop(row.row) for call, row in wanted])
         vectors = self._model.encode(ids, mask)
-        for vector, (call, row) in zip(vectors, rows, strict=True):
+        for vector, (call, row) in zip(vectors, wanted, strict=True):
             call.vectors[row.row] = vector
         done_s = self._clock()
+        complete = []
         with self._changed:
-            for call, row in rows:
-                self._arrived(call, row.call, began_s, done_s)
+            for call, row in wanted:
+                call.left -= 1
+                call.begun_s = min(call.begun_s, began_s)
+                call.done_s = max(call.done_s, done_s)
+                if not call.left and self._calls.pop(row.call, None) is not None:
+                    complete.append(call.future)
             self._counts["batches_total"] += 1
-            self._counts["texts_total"] += len(rows)
+            self._counts["texts_total"] += len(wanted)
             self._counts["tokens_total"] += int(mask.sum())
             self._counts["padded_tokens_total"] += mask.size
             self._counts["inference_ms_total"] += (done_s - began_s) * 1000
-
-    def _arrived(self, call: _Call, number: int, began_s: float, done_s: float) -> None:
-        """One row of a call has its vector; the last one answers the call."""
-        call.left -= 1
-        call.begun_s = min(call.begun_s, began_s)
-        call.done_s = max(call.done_s, done_s)
-        if not call.left and self._calls.pop(number, None) is not None:
-            _settle(call.future, None)
+        _settle(complete, None)
 
     def _refuse(self, why: str) -> None:
         """Take no more calls, and fail those that have texts waiting."""
@@ -292,7 +290,7 @@ class Embedder:
         self._waiting.drop(number)
         call = self._calls.pop(number, None)
         if call is not None:
-            _settle(call.future, error)
+            _settle([call.future], error)
 
 
 def _size(index: int, text: str) -> int:
@@ -303,18 +301,20 @@ def _size(index: int, text: str) -> int:
         raise InvalidField(f"texts[{index}]", f"not Unicode text ({error.reason})") from None
 
 
-def _settle(future: asyncio.Future[None], error: RingfortError | None) -> None:
-    """Resolve a future from any thread; a caller whose loop is gone needs no answer."""
+def _settle(futures: Sequence[asyncio.Future[None]], error: RingfortError | None) -> None:
+    """Resolve futures from any thread, waking each event loop once; one that is closed needs no answer."""
 
-    def settle() -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
+    def settle(futures: Sequence[asyncio.Future[None]]) -> None:
+        for future in futures:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
 
-    try:
-        future.get_loop().call_soon_threadsafe(settle)
-    except RuntimeError:
-        log.debug("a caller's event loop closed before its answer")
+    for loop in {future.get_loop() for future in futures}:
+        try:
+            loop.call_soon_threadsafe(settle, [future for future in futures if future.get_loop() is loop])
+        except RuntimeError:
+            log.debug("a caller's event loop closed before its answer")

@@ -7,6 +7,7 @@ The taste vector is the mean of the liked examples' directions less half the mea
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from services.config import Limits
 from services.deadline import Deadline
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
-from services.gateway.retrieval import DEFAULT_K, Found, Retrieval, check_effort
+from services.gateway.fanout import FanOut, Found
+from services.gateway.retrieval import DEFAULT_K, Retrieval, check_effort
 from services.ranker.ranker import Ranked, Ranker
 from shard_router.errors import InvalidField, NotFound
 from shard_router.filters import check
-from shard_router.model import AttributeType, Include
+from shard_router.model import Include
 
 UNLIKE_WEIGHT = 0.5
 
@@ -32,6 +34,7 @@ class Recommend:
         self,
         catalog: Catalog,
         retrieval: Retrieval,
+        fanout: FanOut,
         ranker: Ranker,
         answers: Answers,
         limits: Limits,
@@ -40,6 +43,7 @@ class Recommend:
     ) -> None:
         self._catalog = catalog
         self._retrieval = retrieval
+        self._fanout = fanout
         self._ranker = ranker
         self._answers = answers
         self._limits = limits
@@ -78,19 +82,7 @@ class Recommend:
         check_effort(request.retrieve.effort, "retrieve.effort")
         if request.rank.ranker not in ("", self._ranker.name, self._ranker.version):
             raise NotFound("ranker", request.rank.ranker, "rank.ranker")
-        schema = served.collection.schema
-        for feature, weight in request.rank.features.items():
-            if not np.isfinite(weight):
-                raise InvalidField(f"rank.features.{feature}", "is not finite")
-            if feature != "similarity" and feature not in schema:
-                raise InvalidField(f"rank.features.{feature}", "the collection declares no such attribute")
-            if feature != "similarity" and schema[feature] in (AttributeType.KEYWORD, AttributeType.KEYWORDS):
-                raise InvalidField(f"rank.features.{feature}", f"is {schema[feature]}, not a number")
-        diversity = request.diversity
-        if diversity.HasField("mmr_lambda") and not 0.0 <= diversity.mmr_lambda <= 1.0:
-            raise InvalidField("diversity.mmr_lambda", f"{diversity.mmr_lambda} is not between 0 and 1")
-        if diversity.group_by and diversity.group_by not in schema:
-            raise InvalidField("diversity.group_by", "the collection declares no such attribute")
+        self._ranker.check(served.collection.schema, dict(request.rank.features), **_diversity(request))
 
     async def _recommend(self, served: Served, request: pb.RecommendRequest, deadline: Deadline) -> Computed:
         k = request.k if request.HasField("k") else DEFAULT_K
@@ -108,15 +100,8 @@ class Recommend:
         timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
         candidates = found.hits[0]
         ranking = time.perf_counter()
-        diversity = request.diversity
         ranked: Ranked = await asyncio.to_thread(
-            self._ranker.rank,
-            candidates,
-            dict(request.rank.features),
-            mmr_lambda=diversity.mmr_lambda if diversity.HasField("mmr_lambda") else None,
-            group_by=diversity.group_by or None,
-            per_group=max(diversity.per_group, 1),
-            k=k,
+            self._ranker.rank, candidates, dict(request.rank.features), k=k, **_diversity(request)
         )
         timings.rank_ms = (time.perf_counter() - ranking) * 1e3
         include = wire.include_from(request.include, request.HasField("include"))
@@ -138,8 +123,8 @@ class Recommend:
                         took_ms=timings.embed_ms + timings.search_ms + timings.merge_ms,
                         candidates=len(candidates),
                     ),
-                    pb.Stage(name="rank", took_ms=timings.rank_ms, candidates=len(hits)),
-                    pb.Stage(name="diversify", candidates=len(hits), skipped=_why_not_diversified(diversity)),
+                    pb.Stage(name="rank", took_ms=ranked.score_ms, candidates=len(candidates)),
+                    _diversify_stage(request, ranked),
                 ],
             ),
         )
@@ -154,7 +139,7 @@ class Recommend:
         if filter is not None:
             filter = check(filter, served.collection.schema, "retrieve.filter")
         seen = [e.id for e in (*request.like, *request.unlike) if e.WhichOneof("kind") == "id"]
-        return await self._retrieval.fan_out(
+        return await self._fanout.search(
             served,
             taste[None, :].astype(np.float32),
             min(max(wanted, k), self._limits.max_k),
@@ -212,9 +197,26 @@ def _keep_parts(hit: pb.Hit, include: Include) -> None:
         hit.ClearField("vector")
 
 
-def _why_not_diversified(diversity: pb.RecommendRequest.Diversity) -> str:
-    asked = diversity.HasField("mmr_lambda") or diversity.group_by
-    return "" if asked else "neither mmr_lambda nor group_by was asked for"
+class _Diversity(TypedDict):
+    mmr_lambda: float | None
+    group_by: str | None
+    per_group: int
+
+
+def _diversity(request: pb.RecommendRequest) -> _Diversity:
+    """What the ranker is asked to do about sameness; one of a group where the request gives no number."""
+    asked = request.diversity
+    return {
+        "mmr_lambda": asked.mmr_lambda if asked.HasField("mmr_lambda") else None,
+        "group_by": asked.group_by or None,
+        "per_group": asked.per_group or 1,
+    }
+
+
+def _diversify_stage(request: pb.RecommendRequest, ranked: Ranked) -> pb.Stage:
+    if request.diversity.HasField("mmr_lambda") or request.diversity.group_by:
+        return pb.Stage(name="diversify", took_ms=ranked.diversify_ms, candidates=len(ranked.order))
+    return pb.Stage(name="diversify", skipped="neither mmr_lambda nor group_by was asked for")
 
 
 def _query_bytes(request: pb.RecommendRequest) -> bytes:

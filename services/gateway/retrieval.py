@@ -5,12 +5,9 @@ Answers are built as serialized protobuf, so that a cached one is sent as it lie
 (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
 """
 
-import asyncio
 import logging
-import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -24,59 +21,34 @@ from services.embedder.embedder import InputType
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.embeddings import Embeddings, Vectors
-from services.shard.replica import ShardAnswer
+from services.gateway.fanout import FanOut
 from shard_router.errors import (
     DeadlineExceeded,
     InvalidField,
     NotFound,
     NotImplementedHere,
-    ShardUnavailable,
     UnknownLog,
 )
-from shard_router.fanout_plan import plan_fanout
-from shard_router.filters import Filter, check
-from shard_router.merge import merge
-from shard_router.model import Hit, Include
+from shard_router.filters import check
 
 log = logging.getLogger(__name__)
 
 DEFAULT_K = 10
-IDS_ONLY = Include(attributes=False, text=False)
 Request = pb.SearchRequest | pb.BatchSearchRequest | pb.RecommendRequest
-#: Queries of one batch: all texts, or all vectors float32 [dim].
-Rows = Sequence[str] | Sequence[np.ndarray]
 Response = TypeVar("Response", pb.SearchResponse, pb.BatchSearchResponse, pb.RecommendResponse)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the shards found: hits by query, the log position all of it includes, coverage, and times."""
-
-    hits: list[list[Hit]]
-    position: int
-    as_of_ms: int
-    asked: int
-    answered: int
-    search_ms: float
-    merge_ms: float
-
-    @property
-    def complete(self) -> bool:
-        """Whether every shard answered."""
-        return self.answered == self.asked
 
 
 class Retrieval:
     """The first stage: from a query to the nearest documents."""
 
     def __init__(
-        self, catalog: Catalog, embeddings: Embeddings, answers: Answers, limits: Limits, rng: random.Random
+        self, catalog: Catalog, embeddings: Embeddings, fanout: FanOut, answers: Answers, limits: Limits
     ) -> None:
         self._catalog = catalog
         self._embeddings = embeddings
+        self._fanout = fanout
         self._answers = answers
         self._limits = limits
-        self._rng = rng
 
     async def search(self, request: pb.SearchRequest, tenant: str, deadline: Deadline) -> bytes:
         """A serialized SearchResponse."""
@@ -105,103 +77,6 @@ class Retrieval:
         cache_ms = (time.perf_counter() - began) * 1e3
         made = await self._answers.once(served, key, lambda: self._search(served, request, k, deadline))
         return made.body + _suffix(pb.INDEX, began, made.timings, cache_ms)
-
-    async def batch_search(
-        self, request: pb.BatchSearchRequest, tenant: str, deadline: Deadline
-    ) -> pb.BatchSearchResponse:
-        """Many queries, answered packed; each row is cached for itself."""
-        began = time.perf_counter()
-        served = self._catalog.resolve(tenant, request.collection)
-        k = self.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
-        check_mode(request.mode)
-        check_effort(request.effort, "effort")
-        rows = self._batch_rows(served, request)
-        if request.HasField("read_after"):
-            await self.wait_for_token(served, request.read_after.positions, deadline)
-        names: list[bytes] = []
-        bodies: list[tuple[bytes, pb.ServedFrom.ValueType] | None] = [None] * len(rows)
-        if request.cache != pb.BYPASS:
-            options = msgspec.msgpack.encode(
-                (
-                    "batch", k, request.exact, request.HasField("effort"), request.effort,
-                    request.filter.SerializeToString(), self._embeddings.manifest.variant,
-                )
-            )  # fmt: skip
-            queries = [row.encode() if isinstance(row, str) else b"v" + row.tobytes() for row in rows]
-            names = [self._answers.key(served, "", query, options) for query in queries]
-            found = await self._answers.get_many(served, names, self.staleness(served, request))
-            bodies = [None if f is None else (f.body, f.served_from) for f in found]
-        missing = [i for i, body in enumerate(bodies) if body is None]
-        timings = pb.Timings(cache_ms=(time.perf_counter() - began) * 1e3)
-        coverage = pb.Coverage(shards_asked=len(served.replicas), shards_answered=len(served.replicas))
-        if missing:
-            made, coverage = await self._batch(
-                served, request, [rows[i] for i in missing], k, deadline, timings
-            )
-            for i, computed in zip(missing, made, strict=True):
-                bodies[i] = (computed.body, pb.INDEX)
-            if names:
-                self._answers.keep(served, [(names[i], m) for i, m in zip(missing, made, strict=True)])
-        response = self._packed([body for body in bodies if body is not None], k)
-        response.MergeFrom(self.provenance(served, pb.BatchSearchResponse()))
-        response.coverage.CopyFrom(coverage)
-        timings.total_ms = (time.perf_counter() - began) * 1e3
-        response.timings.CopyFrom(timings)
-        return response
-
-    async def fan_out(
-        self,
-        served: Served,
-        queries: np.ndarray,
-        k: int,
-        *,
-        filter: Filter | None,
-        exact: bool,
-        effort: float | None,
-        include: Include,
-        min_coverage: float,
-        deadline: Deadline,
-        exclude: frozenset[str] = frozenset(),
-    ) -> Found:
-        """The k best documents for every query, over all shards; ShardUnavailable below `min_coverage`."""
-        began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
-        loads = {shard: [0.0] for shard in served.replicas}
-        plan = plan_fanout(served.shard_map, loads, self._rng)
-        answers = await asyncio.gather(
-            *(
-                served.replicas[call.shard].search(
-                    queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
-                    deadline=deadline,
-                )
-                for call in plan.calls
-            ),
-            return_exceptions=True,
-        )  # fmt: skip
-        good: list[ShardAnswer] = []
-        for call, answer in zip(plan.calls, answers, strict=True):
-            if isinstance(answer, ShardAnswer):
-                good.append(answer)
-            elif isinstance(answer, DeadlineExceeded | asyncio.CancelledError):
-                raise answer
-            else:
-                log.error(
-                    "shard %d of %s failed a search", call.shard, served.collection.name, exc_info=answer
-                )
-        asked = len(plan.calls) + len(plan.unreachable)
-        if not good or len(good) < min_coverage * asked:
-            raise ShardUnavailable(len(good), asked, min_coverage)
-        searched = time.perf_counter()
-        hits = [merge([answer.hits[i] for answer in good], k) for i in range(len(queries))]
-        merged = time.perf_counter()
-        return Found(
-            hits,
-            min(answer.position for answer in good),
-            as_of_ms,
-            asked,
-            len(good),
-            (searched - began) * 1e3,
-            (merged - searched) * 1e3,
-        )
 
     async def text_vectors(
         self, served: Served, texts: Sequence[str], field: str, deadline: Deadline, *, use_cache: bool = True
@@ -285,7 +160,7 @@ class Retrieval:
             wire.key(request.id, "id", self._limits.max_id_bytes)
             queries = await self.document_vectors(served, [request.id], ["id"])
             exclude = frozenset((request.id,))
-        found = await self.fan_out(
+        found = await self._fanout.search(
             served, queries, k,
             filter=filter,
             exact=request.exact,
@@ -304,86 +179,6 @@ class Retrieval:
             ),
         )
         return Computed(response.SerializeToString(), found.position, found.as_of_ms, found.complete, timings)
-
-    def _batch_rows(self, served: Served, request: pb.BatchSearchRequest) -> Rows:
-        kind = request.WhichOneof("queries")
-        rows: Rows
-        if kind == "texts":
-            rows = list(request.texts.values)
-        elif kind == "vectors":
-            rows = list(wire.array_from(request.vectors, "vectors", dim=served.collection.dim))
-        else:
-            raise InvalidField("queries", "is missing: give vectors or texts")
-        wire.check_rows(rows, str(kind), self._limits.max_batch_rows)
-        return rows
-
-    async def _batch(
-        self,
-        served: Served,
-        request: pb.BatchSearchRequest,
-        rows: Rows,
-        k: int,
-        deadline: Deadline,
-        timings: pb.Timings,
-    ) -> tuple[list[Computed], pb.Coverage]:
-        filter = wire.filter_from(request.filter)
-        if filter is not None:
-            filter = check(filter, served.collection.schema)
-        if isinstance(rows[0], str):
-            began = time.perf_counter()
-            texts = [str(row) for row in rows]
-            use_cache = request.cache != pb.BYPASS
-            queries = (await self.text_vectors(served, texts, "texts", deadline, use_cache=use_cache)).vectors
-            timings.embed_ms = (time.perf_counter() - began) * 1e3
-        else:
-            queries = np.stack(rows)
-        found = await self.fan_out(
-            served, queries, k,
-            filter=filter,
-            exact=request.exact,
-            effort=request.effort if request.HasField("effort") else None,
-            include=IDS_ONLY,
-            min_coverage=request.min_coverage,
-            deadline=deadline,
-        )  # fmt: skip
-        timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
-        made = [
-            Computed(
-                msgspec.msgpack.encode(
-                    ([hit.id for hit in hits], np.array([hit.score for hit in hits], np.float32).tobytes())
-                ),
-                found.position,
-                found.as_of_ms,
-                found.complete,
-                timings,
-            )
-            for hits in found.hits
-        ]
-        return made, pb.Coverage(shards_asked=found.asked, shards_answered=found.answered)
-
-    @staticmethod
-    def _packed(bodies: "Sequence[tuple[bytes, pb.ServedFrom.ValueType]]", k: int) -> pb.BatchSearchResponse:
-        scores = np.full((len(bodies), k), -np.inf, np.float32)
-        ids: list[str] = []
-        counts: list[int] = []
-        for i, (body, _) in enumerate(bodies):
-            row_ids, raw = _ROW.decode(body)
-            scores[i, : len(row_ids)] = np.frombuffer(raw, np.float32)
-            ids.extend(row_ids)
-            ids.extend([""] * (k - len(row_ids)))
-            counts.append(len(row_ids))
-        tiers = [tier for _, tier in bodies]
-        cached = pb.INDEX not in tiers
-        return pb.BatchSearchResponse(
-            ids=ids,
-            scores=wire.matrix_from(scores),
-            counts=counts,
-            row_served_from=tiers,
-            served_from=(pb.REDIS if pb.REDIS in tiers else pb.L1) if cached else pb.INDEX,
-        )
-
-
-_ROW = msgspec.msgpack.Decoder(tuple[list[str], bytes])
 
 
 def check_mode(mode: "pb.Mode.ValueType") -> None:

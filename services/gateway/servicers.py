@@ -19,6 +19,7 @@ from services.config import Config
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.gateway.answers import Answers
+from services.gateway.batch import BatchRetrieval
 from services.gateway.catalog import Catalog, Served
 from services.gateway.documents import Documents
 from services.gateway.embeddings import Embeddings
@@ -143,15 +144,16 @@ class DocumentService:
 class SearchService:
     """Nearest and recommended documents."""
 
-    def __init__(self, retrieval: Retrieval, recommend: Recommend) -> None:
+    def __init__(self, retrieval: Retrieval, batch: BatchRetrieval, recommend: Recommend) -> None:
         self._retrieval = retrieval
+        self._batch = batch
         self._recommend = recommend
 
     async def Search(self, request: pb.SearchRequest, call: Call) -> bytes:
         return await self._retrieval.search(request, call.tenant, call.deadline)
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, call: Call) -> pb.BatchSearchResponse:
-        return await self._retrieval.batch_search(request, call.tenant, call.deadline)
+        return await self._batch.search(request, call.tenant, call.deadline)
 
     async def Recommend(self, request: pb.RecommendRequest, call: Call) -> bytes:
         return await self._recommend.recommend(request, call.tenant, call.deadline)

@@ -154,20 +154,21 @@ class _Batch:
         return ABSENT if stored is None or stored.deleted else stored.version
 
     def _draft(self, write: Write, slot: int, ordinal: int) -> Draft:
+        text: str | None = None
+        attributes: Attributes = {}
+        vector: np.ndarray | None = None
         match write:
-            case Remove():
-                return Draft(write.id, slot, ordinal, True, None, {}, "{}", None)
             case Upsert():
                 if write.vector.shape != (self._dim,):
                     raise DimensionMismatch("vector", write.vector.size, self._dim)
-                encoded = _encoded(write.attributes)
-                return Draft(write.id, slot, ordinal, False, write.text, write.attributes, encoded, write.vector)
+                text, attributes, vector = write.text, write.attributes, write.vector
             case Patch():
                 before = self.drafts.get(write.id) or self._current[write.id]
                 kept = {name: value for name, value in before.attributes.items() if name not in write.clear}
-                attributes = {**kept, **write.attributes}
+                text, attributes = before.text, {**kept, **write.attributes}
                 vector = before.vector if isinstance(before, Draft) else None
-                return Draft(write.id, slot, ordinal, False, before.text, attributes, _encoded(attributes), vector)
+        deleted = isinstance(write, Remove)
+        return Draft(write.id, slot, ordinal, deleted, text, attributes, _encoded(attributes), vector)
 
 
 def _encoded(attributes: Attributes) -> str:

@@ -28,7 +28,7 @@ _QUEUE_ROWS = 8192
 #: Smallest number of neighbours looked for; above it powers of two, so that like calls share a scan.
 _LEAST_K = 10
 #: `effort` 0 to 1 scores this many times k candidates exactly.
-_REFINE_LEAST, _REFINE_MOST = 1.0, 8.0
+_REFINE_LEAST, _REFINE_MOST = 1.0, 4.0
 
 
 @dataclass(eq=False, slots=True)
@@ -164,14 +164,15 @@ class Searches:
         first = pieces[0].item
         snapshot = max((piece.item.snapshot for piece in pieces), key=lambda one: one.position)
         rows = np.concatenate([piece.item.queries[piece.start : piece.stop] for piece in pieces])
-        found = snapshot.search(
-            similarity.prepare(rows, self._metric),
-            first.wanted,
-            filter=first.filter,
-            exact=first.exact,
-            refine=first.refine,
-            cache=self._cache,
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # vectors near the end of float32's range
+            found = snapshot.search(
+                similarity.prepare(rows, self._metric),
+                first.wanted,
+                filter=first.filter,
+                exact=first.exact,
+                refine=first.refine,
+                cache=self._cache,
+            )
         hits: list[list[Hit]] = []
         for piece in pieces:
             search = piece.item

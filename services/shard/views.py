@@ -185,13 +185,13 @@ class Snapshot:
             # Everything as good as the k-th stays in until ids have decided.
             least = ranked[min(k, len(ranked)) - 1]
             end = int(np.searchsorted(-ranked, -least, side="right"))
-            found = []
-            for at in order[:end].tolist():
-                view, _, rows = parts[at // width]
-                row = int(rows[i, at % width])
-                if row >= 0:
-                    found.append(Found(float(row_scores[at]), view, row))
-            found.sort(key=lambda one: (-one.score, one.id))
+            found = [
+                Found(score, parts[at // width][0], row)
+                for at, score in zip(order[:end].tolist(), ranked[:end].tolist(), strict=True)
+                if (row := int(parts[at // width][2][i, at % width])) >= 0
+            ]
+            if (ranked[1:end] == ranked[: end - 1]).any():
+                found.sort(key=lambda one: (-one.score, one.id))
             answers.append(found[:k])
         return answers
 

@@ -111,39 +111,34 @@ def own() -> Iterator[Own]:
         owner.process.stdout.close()
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-def test_after_a_kill_the_next_owner_ends_the_servers_and_has_every_row(path: Path, own: Own) -> None:
-    killed = own(path)
+def test_after_a_kill_the_next_owner_ends_the_servers_and_has_every_row(data_path: Path, own: Own) -> None:
+    killed = own(data_path)
     with pytest.raises(StartupError, match=f"in use by process {killed.process.pid};"):
-        DataDir.open(path, release="test")
+        DataDir.open(data_path, release="test")
     killed.query("CREATE TABLE t AS SELECT generate_series(1, 500) AS n")
     killed.process.kill()
     killed.process.wait()
     assert len(killed.servers_alive()) == 2
-    heir = own(path)
+    heir = own(data_path)
     assert heir.query("SELECT count(*) FROM t") == [(500,)]
     assert set(killed.servers_alive()).isdisjoint(pid for pid, _ in heir.said["servers"])
     assert all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in killed.servers_alive())
     heir.stop()
 
 
-def test_after_a_kill_of_all_the_next_owner_has_every_row(path: Path, own: Own) -> None:
-    killed = own(path)
+def test_after_a_kill_of_all_the_next_owner_has_every_row(data_path: Path, own: Own) -> None:
+    killed = own(data_path)
     killed.query("CREATE TABLE t AS SELECT generate_series(1, 500) AS n")
     for pid in [killed.process.pid, *(pid for pid, _ in killed.said["servers"])]:
         os.kill(pid, signal.SIGKILL)
     killed.process.wait()
-    heir = own(path)
+    heir = own(data_path)
     assert heir.query("SELECT count(*) FROM t") == [(500,)]
     heir.stop()
 
 
-def test_ctrl_c_in_the_terminal_reaches_only_the_owner(path: Path, own: Own) -> None:
-    owner = own(path)
+def test_ctrl_c_in_the_terminal_reaches_only_the_owner(data_path: Path, own: Own) -> None:
+    owner = own(data_path)
     os.killpg(owner.process.pid, signal.SIGINT)
     assert owner.hears() == {"alive_at_stop": True}
     assert owner.process.wait(30) == 0

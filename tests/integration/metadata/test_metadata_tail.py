@@ -88,7 +88,7 @@ async def test_a_write_waits_for_the_one_that_took_positions_before(
         await slow.execute(counter.encode())
         fast = asyncio.create_task(store.write(collection, [upsert("fast")], deadline=Deadline.after(10)))
         async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as watcher:
-            waiting = b"SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            waiting = b"SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
             while (await watcher.execute(waiting)).rowcount == 0:
                 pass
         tail = await store.tail(collection, 0)

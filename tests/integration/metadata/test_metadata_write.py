@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from shard_router.errors import DimensionMismatch, InvalidField, NotFound, Versi
 from shard_router.hashing import slot_of
 from shard_router.model import ABSENT, Attributes, Collection, Commit, Patch, Remove, Upsert, Version, Write
 
+MakeCollection = Callable[..., Awaitable[Collection]]
 DIM = 8
 
 
@@ -236,20 +238,21 @@ async def test_concurrent_compare_and_set_lets_one_win(store: Store, collection:
 async def test_a_document_that_cannot_be_stored_fails_alone(
     store: Store, collection: Collection, poison: Upsert, conditional: bool
 ) -> None:
+    await write(store, collection, upsert("old"))
     writes: list[Write] = [upsert(f"{n}", n) for n in range(21)]
     writes.insert(13, poison)
     if conditional:
-        writes.append(Remove("0"))
+        writes += [Patch("old", {"rank": 1}), Remove("0")]
     commit = await write(store, collection, *writes)
     errors = {place: outcome.error for place, outcome in enumerate(commit.outcomes) if outcome.error}
     assert list(errors) == [13]
     assert isinstance(errors[13], InvalidField)
     assert errors[13].field == "document"
     assert commit.delta is None
-    assert commit.upto == await store.position(collection) == 21 + conditional
+    assert commit.upto == await store.position(collection) == 22 + 2 * conditional
     assert store.stats()["bisections_total"] > 0
     tail = await store.tail(collection, 0)
-    assert len(tail.rows) == 21
+    assert len(tail.rows) == 22
     by_id = {row.id: row.version for row in tail.rows}
     for one, outcome in zip(writes, commit.outcomes, strict=True):
         if one is not poison and one.id != "0":
@@ -287,7 +290,7 @@ async def test_more_than_a_transaction_holds_is_several(store: Store, collection
     assert all(rows)
 
 
-async def test_vectors_of_every_size_survive(store: Store, make_collection) -> None:  # type: ignore[no-untyped-def]
+async def test_vectors_of_every_size_survive(store: Store, make_collection: MakeCollection) -> None:
     rng = np.random.default_rng(2)
     for dim in (2, 384, 4096):
         collection = await make_collection(store, dim=dim)
@@ -323,7 +326,7 @@ async def test_scan_pages_through_live_documents_in_order(store: Store, collecti
     assert vectors is None
 
 
-async def test_many_collections_do_not_share_a_log(store: Store, make_collection) -> None:  # type: ignore[no-untyped-def]
+async def test_many_collections_do_not_share_a_log(store: Store, make_collection: MakeCollection) -> None:
     first, second = await make_collection(store), await make_collection(store)
     await asyncio.gather(*(write(store, first, upsert(f"{n}")) for n in range(5)))
     await write(store, second, upsert("0", 9))

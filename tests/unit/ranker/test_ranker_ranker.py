@@ -115,8 +115,9 @@ def test_counts_what_it_did():
     ticks = iter(range(100))
     ranker = Ranker(clock=lambda: float(next(ticks)))
     for count in (3, 4):
-        ranker.rank([hit(0.1)] * count, {}, mmr_lambda=None, group_by=None, per_group=1, k=2)
-    assert ranker.stats() == {"rankings_total": 2, "candidates_total": 7, "rank_took_total_ms": 2_000}
+        ranked = ranker.rank([hit(0.1)] * count, {}, mmr_lambda=None, group_by=None, per_group=1, k=2)
+        assert (ranked.score_ms, ranked.diversify_ms) == (1_000, 1_000)
+    assert ranker.stats() == {"rankings_total": 2, "candidates_total": 7, "rank_took_total_ms": 6_000}
 
 
 def test_a_thousand_candidates_of_twenty_features_come_out_in_order():

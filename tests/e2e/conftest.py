@@ -1,0 +1,79 @@
+"""One service for the session, reached as its users reach it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import grpc
+import httpx
+import pytest
+from up import Up, lend_model
+
+from ringfort import Client
+from ringfort.errors import NotFound
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Up]:
+    """The service all tests share; whoever stops it starts one of their own."""
+    data_dir = tmp_path_factory.mktemp("e2e") / "data"
+    lend_model(model_dir, data_dir)
+    up = Up.start(data_dir)
+    yield up
+    assert up.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def client(service: Up) -> Iterator[Client]:
+    """The Python client of the shared service."""
+    with Client(service.grpc) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def channel(service: Up) -> Iterator[grpc.Channel]:
+    """A bare channel to the shared service, for what the Python client would not send."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(service.grpc, options) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="session")
+def web(service: Up) -> Iterator[httpx.Client]:
+    """The HTTP face of the shared service."""
+    with httpx.Client(base_url=f"http://{service.http}", timeout=30.0) as web:
+        yield web
+
+
+@pytest.fixture
+def make_collection(client: Client) -> Iterator[Callable[..., str]]:
+    """Makes collections from `create_collection`'s options and gives their names; they go after the test."""
+    names: list[str] = []
+
+    def make(**options: object) -> str:
+        name = f"c-{uuid4().hex[:12]}"
+        client.create_collection(name, **options)
+        names.append(name)
+        return name
+
+    yield make
+    for name in names:
+        try:
+            client.delete_collection(name)
+        except NotFound:
+            pass
+
+
+@pytest.fixture
+def collection(make_collection: Callable[..., str]) -> str:
+    """An empty collection of the default model, with an attribute of every type."""
+    return make_collection(
+        attributes={
+            "name": "keyword",
+            "rank": "int",
+            "share": "float",
+            "free": "bool",
+            "released": "timestamp",
+            "tags": "keywords",
+        }
+    )
