@@ -12,19 +12,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import uvloop
+if TYPE_CHECKING:
+    from services.config import Config
 
-from index_builder.models.source import ModelMissing, ModelUnsupported
-from services.config import Config, ConfigError, load
-from services.data_dir import StartupError
-from services.embedded import Embedded
-from services.gateway.server import PortTaken
-from services.metadata.store import StartupRefused
-
-#: Whatever keeps a service from starting and is the operator's to mend.
-MISHAPS = (StartupError, StartupRefused, PortTaken, ConfigError, ModelMissing, ModelUnsupported, OSError)
+#: What a signal makes of the exit code.
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,17 +30,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+    # Here, for they take a second, in which signals have to be heard already.
+    import uvloop
+
+    from index_builder.models.build import ModelInaccurate
+    from index_builder.models.source import ModelMissing, ModelUnsupported
+    from services.config import ConfigError, load
+    from services.data_dir import StartupError
+    from services.gateway.server import PortTaken
+    from services.metadata.store import StartupRefused
+
     try:
         config = load(arguments.config, **_overrides(arguments))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, arguments.data_dir, as_json=arguments.json))
-    except MISHAPS as error:
+    except (
+        # Whatever keeps a service from starting and is the operator's to mend.
+        StartupError, StartupRefused, PortTaken, ConfigError, ModelMissing, ModelUnsupported, ModelInaccurate,
+        OSError,
+    ) as error:  # fmt: skip
         print(f"ringfort: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
-async def _serve(config: Config, data_dir: Path, *, as_json: bool) -> int:
+async def _serve(config: "Config", data_dir: Path, *, as_json: bool) -> int:
     """Start, say so, wait for a signal, stop."""
+    from services.embedded import Embedded
+
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()
 
@@ -54,8 +65,8 @@ async def _serve(config: Config, data_dir: Path, *, as_json: bool) -> int:
         if not told.done():
             told.set_result(code)
 
-    loop.add_signal_handler(signal.SIGTERM, hear, 0)
-    loop.add_signal_handler(signal.SIGINT, hear, 130)
+    for number, code in EXIT_CODES.items():
+        loop.add_signal_handler(number, hear, code)
 
     def say(words: str) -> None:
         print(f"ringfort: {words}", file=sys.stderr, flush=True)
@@ -108,5 +119,12 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {section: values for section, values in given.items() if values}
 
 
+def _leave(number: int, frame: object) -> None:
+    sys.exit(EXIT_CODES[signal.Signals(number)])
+
+
 if __name__ == "__main__":
+    for _number in EXIT_CODES:
+        # Until there is an event loop to hear them, when there is nothing to be stopped either.
+        signal.signal(_number, _leave)
     sys.exit(main())

@@ -160,9 +160,10 @@ def load(file: Path | None, **overrides: dict[str, Any]) -> Config:
         config = Sources(**overrides)  # type: ignore[arg-type]  # sections arrive as mappings
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ConfigError(f"setting {'.'.join(map(str, first['loc']))}: {problem}") from None
     except Exception as error:  # a YAML file that does not parse has no error class of its own here
-        raise ConfigError(f"configuration file {file}: {error}".splitlines()[0]) from error
+        raise ConfigError(f"configuration file {file}: {' '.join(str(error).split())}") from error
     unknown = [
         name for name in os.environ
         if name.startswith("RINGFORT_") and "__" in name

@@ -8,6 +8,7 @@ import functools
 import ipaddress
 import logging
 import random
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -175,15 +176,26 @@ class Embedded:
                 return settings.cache.redis_url
             return await supervisor.start_valkey(maxmemory_bytes=settings.cache.redis_max_bytes)
 
+        unwanted = threading.Event()
+
+        def progress(stage: str, share: float) -> None:
+            if unwanted.is_set():
+                raise StartupError("stopped while building the model")
+            self._say(f"embedding model: {stage} ({share:.0%})")
+
         async def manifest() -> ModelManifest:
             build = functools.partial(
                 ensure_model,
                 data_dir.models,
                 source=settings.embedder.source,
                 precision=settings.embedder.precision,
-                progress=lambda stage, share: self._say(f"embedding model: {stage} ({share:.0%})"),
+                progress=progress,
             )
-            return await asyncio.to_thread(build)
+            try:
+                return await asyncio.to_thread(build)
+            finally:
+                # A thread cannot be cancelled, and a process that stops would wait for it.
+                unwanted.set()
 
         # The grammar is built once; better now than within somebody's first filtered search.
         grammar = asyncio.create_task(asyncio.to_thread(filters.parse, "ready = true"))
@@ -204,9 +216,12 @@ class Embedded:
 
     async def _cache(self, redis_url: str | None) -> CacheTier:
         settings = self._config.cache
-        cache = CacheTier(
-            l1_bytes=settings.l1_bytes, redis_url=redis_url, op_timeout_ms=settings.op_timeout_ms
-        )
+        try:
+            cache = CacheTier(
+                l1_bytes=settings.l1_bytes, redis_url=redis_url, op_timeout_ms=settings.op_timeout_ms
+            )
+        except ValueError as error:
+            raise StartupError(f"cache.redis_url: {error}") from None
         await cache.open()
         self._stack.push_async_callback(cache.close)
         return cache

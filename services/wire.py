@@ -51,6 +51,8 @@ OPS = {
 #: Filter messages nest at most this deep; the text form has a bound of its own.
 MAX_FILTER_DEPTH = 64
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+#: The years 1 to 9999, which are all that a Timestamp may say.
+FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 
 
 def array_from(matrix: pb.Matrix, field: str, *, dim: int | None = None, finite: bool = True) -> np.ndarray:
@@ -112,12 +114,18 @@ def timestamp(us: int) -> Timestamp:
 
 
 def value_from(value: pb.Value, field: str) -> AttributeValue | None:
-    """A Value in model terms; None where nothing is set. Floats are finite, text holds no NUL."""
+    """A Value in model terms; None where nothing is set.
+
+    Floats are finite, text holds no NUL, timestamps lie in the years 1 to 9999.
+    """
     kind = value.WhichOneof("kind")
     if kind is None:
         return None
     if kind == "timestamp":
-        return microseconds(value.timestamp)
+        us = microseconds(value.timestamp)
+        if not FIRST_US <= us <= LAST_US or not 0 <= value.timestamp.nanos < 1_000_000_000:
+            raise InvalidField(field, "is not a timestamp of the years 1 to 9999")
+        return us
     if kind == "keywords":
         keywords = tuple(value.keywords.values)
         if any("\0" in word for word in keywords):
@@ -256,10 +264,7 @@ def _value_required(value: pb.Value, field: str) -> str | int | float | bool:
         raise InvalidFilter(field, "is a list where one value is meant")
     if value.WhichOneof("kind") == "timestamp":
         # As text, so that checking tells a timestamp from an int by the schema.
-        try:
-            return (EPOCH + timedelta(microseconds=microseconds(value.timestamp))).isoformat()
-        except OverflowError:
-            raise InvalidFilter(field, "is outside the years 1 to 9999") from None
+        return (EPOCH + timedelta(microseconds=microseconds(value.timestamp))).isoformat()
     return found
 
 
@@ -290,6 +295,12 @@ def document_on_wire(row: LogRow, vector: np.ndarray | None, schema: Schema, inc
 def token_on_wire(positions: Mapping[str, int]) -> pb.WriteToken:
     """Positions by log as a write token."""
     return pb.WriteToken(positions=positions)
+
+
+def check_wait(wait: "pb.Wait.ValueType") -> None:
+    """A wait that is known here: another is stricter than we could promise."""
+    if wait not in (pb.DURABLE, pb.VISIBLE):
+        raise InvalidField("wait", f"{wait} is not a wait")
 
 
 def check_rows(rows: Sized, field: str, limit: int) -> None:

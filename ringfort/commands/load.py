@@ -49,7 +49,7 @@ def load(
     """
     types = attribute_types(attr)
     from ringfort.client import Client
-    from ringfort.errors import NotFound
+    from ringfort.errors import InvalidArgument, NotFound
     from ringfort.load.checkpoint import Checkpoint, file_identity, state_directory
     from ringfort.load.columns import Columns, first_dim
     from ringfort.load.load import Load
@@ -65,6 +65,10 @@ def load(
         )
         if target is None:
             raise NotFound(f"no collection named {collection!r}; --create makes it", field="collection")
+        for name, type_ in types.items():
+            declared = target.attributes.get(name, "undeclared")
+            if declared != type_ and (type_, declared) != ("int", "float"):
+                raise InvalidArgument(f"{name} is {declared} in {target.name}, not {type_}", field="attr")
         identity = (
             client.server,
             target.name,
@@ -138,7 +142,9 @@ def _run(load: "Load", collection: str, *, json: bool) -> None:
         raise Unavailable(f"{error}; {_how_far(load)}", reason=error.reason) from error
     done = load.progress
     if not json:
-        typer.echo(f"{done.acknowledged:,} documents are in {collection} ({done.rate:,.0f} rows a second)")
+        typer.echo(
+            f"{done.acknowledged:,} documents loaded into {collection}, {done.rate:,.0f} rows a second"
+        )
     if done.failed:
         if not json:
             typer.echo("".join(f"  {problem}\n" for problem in load.problems[1:]), err=True, nl=False)

@@ -2,17 +2,25 @@
 
 Everything that an entry depends on is part of its key, except what changes with every write: an
 answer carries its positions inside and validates itself (envelope.py).
+
+The digest is BLAKE2b, not a faster hash without a secret: embeddings are shared by all tenants, and nobody
+may be able to make two texts that share a key.
 """
 
-from shard_router.hashing import digest
+import hashlib
 
 EMBEDDING_PREFIX = b"rf1:e:"
 ANSWER_PREFIX = b"rf1:a:"
 
 
+def _digest(*parts: bytes) -> bytes:
+    """16 bytes of BLAKE2b over length-prefixed parts, so that no two lists of parts read alike."""
+    return hashlib.blake2b(b"".join(b"%d:" % len(part) + part for part in parts), digest_size=16).digest()
+
+
 def embedding_key(variant: str, input_type: str, dimensions: int, truncate: bool, text: str) -> bytes:
     """The key of one text's embedding, shared by all tenants; 22 bytes. `dimensions` 0 is the model's own."""
-    return EMBEDDING_PREFIX + digest(
+    return EMBEDDING_PREFIX + _digest(
         variant.encode(), input_type.encode(), b"%d" % dimensions, b"%d" % truncate, text.encode()
     )
 
@@ -33,7 +41,7 @@ def answer_key(
     return (
         ANSWER_PREFIX
         + b"%d:" % collection_uid
-        + digest(
+        + _digest(
             tenant.encode(),
             b"%d" % generation,
             b"%d" % schema_version,

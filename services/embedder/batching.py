@@ -98,7 +98,7 @@ class WaitingTexts:
         self.rows += len(text_bytes)
 
     def tokenized(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """Rows that were tokenized have so many tokens each, and can be batched if their call is still here."""
+        """Rows have so many tokens each, and can be batched now, unless their call was dropped."""
         while len(self._buckets) <= max(lengths, default=0):
             self._buckets.append({})
         for row, length in zip(rows, lengths, strict=True):

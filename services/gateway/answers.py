@@ -72,12 +72,16 @@ class Answers:
         ]
 
     async def once(
-        self, served: Served, key: bytes, compute: Callable[[], Coroutine[Any, Any, Computed]]
+        self,
+        served: Served,
+        key: bytes,
+        min_coverage: float,
+        compute: Callable[[], Coroutine[Any, Any, Computed]],
     ) -> Computed:
         """Compute an answer, or share the computation of an equal request that is under way; keep it.
 
         A computation is shared only between requests that know of the same writes, so nobody is handed an
-        answer older than a write acknowledged before the request came.
+        answer older than a write acknowledged before the request came, and that ask for the same coverage.
         """
         if served.position is None:
             return await compute()
@@ -87,7 +91,7 @@ class Answers:
             self.keep(served, [(key, made)])
             return made
 
-        return await self._flights.run((key, served.position), lead)
+        return await self._flights.run((key, served.position, min_coverage), lead)
 
     def keep(self, served: Served, answers: Sequence[tuple[bytes, Computed]]) -> None:
         """Keep the answers that may be kept."""

@@ -14,7 +14,7 @@ from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.embeddings import Embeddings
 from services.gateway.fanout import FanOut
-from services.gateway.retrieval import DEFAULT_K, Retrieval, check_effort, check_mode
+from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_mode, check_share
 from shard_router.errors import InvalidField
 from shard_router.filters import check
 from shard_router.model import Include
@@ -55,7 +55,9 @@ class BatchRetrieval:
         served = self._catalog.resolve(tenant, request.collection)
         k = self._retrieval.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         check_mode(request.mode)
-        check_effort(request.effort, "effort")
+        check_share(request.effort, "effort")
+        check_share(request.min_coverage, "min_coverage")
+        check_cache(request.cache)
         queries = self._queries(served, request)
         if request.HasField("read_after"):
             await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
@@ -87,6 +89,9 @@ class BatchRetrieval:
         kind = request.WhichOneof("queries")
         if kind == "texts":
             queries = request.texts.values
+            # Here and not where they are embedded: there the cached rows are gone, and the numbers with them.
+            for i, text in enumerate(queries):
+                self._retrieval.check_text(text, f"texts[{i}]")
         elif kind == "vectors":
             queries = wire.array_from(request.vectors, "vectors", dim=served.collection.dim)
         else:
@@ -121,7 +126,7 @@ class BatchRetrieval:
         if not isinstance(queries, np.ndarray):
             began = time.perf_counter()
             made = await self._retrieval.text_vectors(
-                served, queries, "texts", deadline, use_cache=request.cache != pb.BYPASS
+                served, queries, deadline, use_cache=request.cache != pb.BYPASS
             )
             queries = made.vectors
             timings.embed_ms = (time.perf_counter() - began) * 1e3

@@ -95,5 +95,7 @@ def _position_of(token: str) -> tuple[int, str] | None:
     try:
         slot, id = msgspec.msgpack.decode(base64.urlsafe_b64decode(token), type=tuple[int, str])
     except (msgspec.MsgspecError, binascii.Error, ValueError):
-        raise InvalidField("page_token", "is not one that Scan answered") from None
+        slot, id = -1, ""
+    if slot < 0 or "\0" in id:
+        raise InvalidField("page_token", "is not one that Scan answered")
     return slot, id

@@ -233,7 +233,9 @@ def listen(address: str) -> socket.socket:
     try:
         return socket.create_server((host.strip("[]"), int(port)), backlog=1024)
     except OSError as error:
-        raise PortTaken(f"cannot listen on {address}: {error.strerror or error}") from None
+        # create_server tells the address once more, in Python's words.
+        reason = str(error.strerror or error).partition(" (while")[0]
+        raise PortTaken(f"cannot listen on {address}: {reason.lower()}") from None
 
 
 def _parsed(body: Mapping[str, Any], message: Any) -> Any:

@@ -95,6 +95,7 @@ class Ingest:
     async def patch(self, request: pb.PatchRequest, tenant: str, deadline: Deadline) -> pb.PatchResponse:
         """Set and clear attributes; text and vector stay."""
         served = self._catalog.resolve(tenant, request.collection)
+        wire.check_wait(request.wait)
         wire.check_rows(request.patches, "patches", self._limits.max_batch_rows)
         writes: list[Write | RingfortError] = []
         for i, patch in enumerate(request.patches):
@@ -109,6 +110,7 @@ class Ingest:
     async def delete(self, request: pb.DeleteRequest, tenant: str, deadline: Deadline) -> pb.DeleteResponse:
         """Remove documents by id, or all that match a filter at the time."""
         served = self._catalog.resolve(tenant, request.collection)
+        wire.check_wait(request.wait)
         if bool(request.ids) == request.HasField("filter"):
             raise InvalidField("ids", "give ids or a filter, one of the two")
         if request.ids:
@@ -145,6 +147,7 @@ class Ingest:
 
     async def _check_upsert(self, request: pb.UpsertRequest, tenant: str, deadline: Deadline) -> _Checked:
         served = self._catalog.resolve(tenant, request.collection)
+        wire.check_wait(request.wait)
         wire.check_rows(request.documents, "documents", self._limits.max_batch_rows)
         drafts = self._drafts(served, request)
         wanting = [draft for draft in drafts if isinstance(draft, _Draft) and draft.vector is None]
@@ -176,7 +179,9 @@ class Ingest:
             field = f"documents[{i}]"
             try:
                 draft = self._draft(served, document, field, request.truncate)
-                if matrix is not None and finite is not None and draft.vector is None:
+                if matrix is not None and finite is not None:
+                    if draft.vector is not None:
+                        raise InvalidField(f"{field}.vector", "is given, and so is `vectors`")
                     if not finite[i]:
                         raise InvalidField(f"{field}.vector", "has a value that is not finite")
                     draft.vector = matrix[i]

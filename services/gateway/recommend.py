@@ -18,7 +18,7 @@ from services.deadline import Deadline
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
-from services.gateway.retrieval import DEFAULT_K, Retrieval, check_effort
+from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
 from services.ranker.ranker import Ranked, Ranker
 from shard_router.errors import InvalidField, NotFound
 from shard_router.filters import check
@@ -63,7 +63,9 @@ class Recommend:
         cached = await self._answers.get(served, key, self._retrieval.staleness(served, request))
         if cached is not None:
             return cached.body + _suffix(cached.served_from, began)
-        made = await self._answers.once(served, key, lambda: self._recommend(served, request, deadline))
+        made = await self._answers.once(
+            served, key, request.min_coverage, lambda: self._recommend(served, request, deadline)
+        )
         return made.body + _suffix(pb.INDEX, began, made.timings)
 
     def _check(self, served: Served, request: pb.RecommendRequest) -> None:
@@ -79,7 +81,9 @@ class Recommend:
         self._retrieval.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         if request.retrieve.HasField("k"):
             self._retrieval.check_k(request.retrieve.k, "retrieve.k")
-        check_effort(request.retrieve.effort, "retrieve.effort")
+        check_share(request.retrieve.effort, "retrieve.effort")
+        check_share(request.min_coverage, "min_coverage")
+        check_cache(request.cache)
         if request.rank.ranker not in ("", self._ranker.name, self._ranker.version):
             raise NotFound("ranker", request.rank.ranker, "rank.ranker")
         self._ranker.check(served.collection.schema, dict(request.rank.features), **_diversity(request))
@@ -175,8 +179,10 @@ class Recommend:
                 raise InvalidField(f"{where}.vector.rows", f"{len(vector)} rows where one is meant")
             parts.append(vector)
         if by_kind["text"]:
+            for where, example in by_kind["text"]:
+                self._retrieval.check_text(example.text, f"{where}.text")
             texts = [example.text for _, example in by_kind["text"]]
-            parts.append((await self._retrieval.text_vectors(served, texts, field, deadline)).vectors)
+            parts.append((await self._retrieval.text_vectors(served, texts, deadline)).vectors)
         return np.concatenate(parts)
 
 

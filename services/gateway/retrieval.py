@@ -57,7 +57,9 @@ class Retrieval:
         k = self.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         check_mode(request.mode)
         query = _query_bytes(request)
-        check_effort(request.effort, "effort")
+        check_share(request.effort, "effort")
+        check_share(request.min_coverage, "min_coverage")
+        check_cache(request.cache)
         if request.HasField("read_after"):
             await self.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
@@ -75,19 +77,16 @@ class Retrieval:
         if cached is not None:
             return cached.body + _suffix(cached.served_from, began)
         cache_ms = (time.perf_counter() - began) * 1e3
-        made = await self._answers.once(served, key, lambda: self._search(served, request, k, deadline))
+        made = await self._answers.once(
+            served, key, request.min_coverage, lambda: self._search(served, request, k, deadline)
+        )
         return made.body + _suffix(pb.INDEX, began, made.timings, cache_ms)
 
     async def text_vectors(
-        self, served: Served, texts: Sequence[str], field: str, deadline: Deadline, *, use_cache: bool = True
+        self, served: Served, texts: Sequence[str], deadline: Deadline, *, use_cache: bool = True
     ) -> Vectors:
-        """Query texts in the collection's space; a mismatch of spaces is refused."""
+        """Checked query texts in the collection's space; a mismatch of spaces is refused."""
         self._embeddings.require_space(served.collection)
-        for i, text in enumerate(texts):
-            name = f"{field}[{i}]" if len(texts) > 1 else field
-            if not text:
-                raise InvalidField(name, "is empty")
-            self._embeddings.check_text(text, name, truncate=False)
         return await self._embeddings.embed(texts, InputType.QUERY, deadline, use_cache=use_cache)
 
     async def document_vectors(self, served: Served, ids: Sequence[str], fields: Sequence[str]) -> np.ndarray:
@@ -109,6 +108,12 @@ class Retrieval:
                 raise UnknownLog(served.log_id, position, counter)
         if not await served.wait_for(position, deadline):
             raise DeadlineExceeded("read_after")
+
+    def check_text(self, text: str, field: str) -> None:
+        """A query text that can be embedded."""
+        if not text:
+            raise InvalidField(field, "is empty")
+        self._embeddings.check_text(text, field, truncate=False)
 
     def check_k(self, k: int, field: str) -> int:
         """k within 1 and the limit."""
@@ -145,9 +150,10 @@ class Retrieval:
         exclude: frozenset[str] = frozenset()
         kind = request.WhichOneof("query")
         if kind == "text":
+            self.check_text(request.text, "text")
             began = time.perf_counter()
             use_cache = request.cache != pb.BYPASS
-            made = await self.text_vectors(served, [request.text], "text", deadline, use_cache=use_cache)
+            made = await self.text_vectors(served, [request.text], deadline, use_cache=use_cache)
             queries = made.vectors
             timings.embed_ms = (time.perf_counter() - began) * 1e3
             timings.queue_ms, timings.tokenize_ms = made.queue_ms, made.tokenize_ms
@@ -189,10 +195,16 @@ def check_mode(mode: "pb.Mode.ValueType") -> None:
         raise InvalidField("mode", f"{mode} is not a mode")
 
 
-def check_effort(effort: float, field: str) -> None:
-    """Effort is a share."""
-    if not 0.0 <= effort <= 1.0:
-        raise InvalidField(field, f"{effort} is not between 0 and 1")
+def check_share(share: float, field: str) -> None:
+    """Effort and coverage are shares."""
+    if not 0.0 <= share <= 1.0:
+        raise InvalidField(field, f"{share} is not between 0 and 1")
+
+
+def check_cache(cache: "pb.CacheControl.ValueType") -> None:
+    """A control that is known here: another may forbid what we would do."""
+    if cache not in (pb.DEFAULT, pb.BYPASS):
+        raise InvalidField("cache", f"{cache} is not a cache control")
 
 
 def _query_bytes(request: pb.SearchRequest) -> bytes:

@@ -35,6 +35,8 @@ INPUT_TYPES = {pb.QUERY: InputType.QUERY, pb.DOCUMENT: InputType.DOCUMENT}
 #: Requests of one EmbedStream under way at once; reading pauses beyond it.
 EMBED_STREAM_REQUESTS = 4
 MAX_DIM = 4_096
+MAX_SHARDS = 64
+MAX_REPLICAS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +196,11 @@ class CollectionService:
         shards = request.shards or self._defaults.shards
         if not 1 <= slots <= 65_536:
             raise InvalidField("slots", f"{slots} is not between 1 and 65536")
-        if shards > min(slots, 64):
-            raise InvalidField("shards", f"{shards} is more than {min(slots, 64)}")
+        if shards > min(slots, MAX_SHARDS):
+            raise InvalidField("shards", f"{shards} is more than {min(slots, MAX_SHARDS)}")
+        replicas = request.replicas or self._defaults.replicas
+        if replicas > MAX_REPLICAS:
+            raise InvalidField("replicas", f"{replicas} is more than {MAX_REPLICAS}")
         served = await self._catalog.create(
             tenant=call.tenant,
             name=request.name,
@@ -205,7 +210,7 @@ class CollectionService:
             model=model,
             slots=slots,
             shards=shards,
-            replicas=request.replicas or self._defaults.replicas,
+            replicas=replicas,
             index=request.index.kind or "auto",
             max_staleness_ms=request.max_staleness_ms,
             space=space,
@@ -227,6 +232,8 @@ class CollectionService:
     async def SetAlias(self, request: pb.SetAliasRequest, call: Call) -> pb.SetAliasResponse:
         if not NAME.fullmatch(request.alias):
             raise InvalidField("alias", "is not 1 to 128 of a-z, 0-9, _ and -, beginning without a hyphen")
+        if request.collection and not NAME.fullmatch(request.collection):
+            raise NotFound("collection", request.collection)
         await self._catalog.set_alias(call.tenant, request.alias, request.collection or None)
         return pb.SetAliasResponse()
 

@@ -68,6 +68,8 @@ class Log:
         self._writers = asyncio.Semaphore(writers)
         #: Batches in the queue for `_writers`; at most WAITING_BATCHES.
         self._waiting = 0
+        #: The highest transaction number that is known of each collection.
+        self._numbers: dict[int, int] = {}
         self._counts = dict.fromkeys(("transactions", "documents", "bisections", "unconfirmed"), 0)
         self._commit_ms = 0.0
 
@@ -75,9 +77,9 @@ class Log:
         """Commit writes in their order; each has its own outcome, in the same order.
 
         At most TRANSACTION_ROWS writes are one transaction, more are several. A document that cannot be
-        stored fails alone. `delta` is None after either, and where a lost connection had to be asked about.
-        Raises NotFound (the collection is gone), StorageUnavailable, DeadlineExceeded, Overloaded; after
-        the first two of these last three some or all of the batch may be committed.
+        stored fails alone. `delta` is None after either, and where a lost commit had to be looked up.
+        Raises NotFound (the collection is gone), Overloaded, StorageUnavailable, DeadlineExceeded; after
+        the last two some or all of the batch may be committed.
         """
         parts = [writes[at : at + TRANSACTION_ROWS] for at in range(0, max(1, len(writes)), TRANSACTION_ROWS)]
         async with self._turn(deadline):
@@ -125,7 +127,7 @@ class Log:
         Every attempt carries the same write_id, which is unique: should the lost one still be on its way
         and commit after all, the repetition fails and finds it.
         """
-        write_id = uuid.uuid4()
+        write_id, known = uuid.uuid4(), self._numbers.get(collection.uid, 0)
         plans: list[Plan] = []
         for _ in range(ATTEMPTS):
             try:
@@ -137,7 +139,7 @@ class Log:
                     plans.append(lost.plan)
             except errors.UniqueViolation:
                 log.warning("collection %s: a lost transaction was committed after all", collection.name)
-            after = await self._remembered(write_id, deadline)
+            after = await self._remembered(collection, write_id, known, deadline)
             if after is not None:
                 plan = next(plan for plan in plans if plan.checked_at in (None, after))
                 return Commit(self._ownership.log_id, after + plan.positions, plan.outcomes(after), None)
@@ -196,28 +198,41 @@ class Log:
         row = await written.fetchone()
         if row is None:
             raise NotFound("collection", collection.name)
-        after = row[0]
+        after, number = row
+        self._numbers[collection.uid] = max(number, self._numbers.get(collection.uid, 0))
         upto = after + plan.positions
         vectors = matrix.astype(np.float32, copy=False)
         delta = LogDelta(log_id, after, upto, plan.rows(after), vectors)
         return Commit(log_id, upto, plan.outcomes(after), delta)
 
-    async def _remembered(self, write_id: uuid.UUID, deadline: Deadline) -> int | None:
-        """The position that a transaction started from; None if it was not committed (so far)."""
-        while True:
-            why = "the deadline passed"
+    async def _remembered(
+        self, collection: Collection, write_id: uuid.UUID, known: int, deadline: Deadline
+    ) -> int | None:
+        """The position that a transaction started from; None if it was not committed (so far).
+
+        `known` is a transaction number from before it. Raises StorageUnavailable if nobody can tell.
+        """
+        wanted = {"uid": collection.uid, "write_id": write_id}
+        why = "the deadline passed"
+        while deadline.left_s() > 0:
             try:
-                async with self._database.connection(deadline.require("database")) as connection:
-                    cursor = await connection.execute(bare_statement("remembered"), {"write_id": write_id})
+                async with self._database.connection(deadline.left_s()) as connection:
+                    cursor = await connection.execute(bare_statement("remembered"), wanted)
                     row = await cursor.fetchone()
-                    return None if row is None else row[0]
             except StorageUnavailable as away:
                 why = away.why
+                await asyncio.sleep(PAUSE_S)
+                continue
             except DeadlineExceeded:
-                pass
-            if deadline.left_s() <= PAUSE_S:
-                raise StorageUnavailable(f"whether a transaction was committed could not be asked: {why}")
-            await asyncio.sleep(PAUSE_S)
+                break
+            if row is None:
+                raise NotFound("collection", collection.name)
+            numbers, after = row
+            if after is None and numbers - known > REMEMBERED:
+                why = f"{numbers - known} transactions have passed"
+                break
+            return None if after is None else int(after)
+        raise StorageUnavailable(f"whether a transaction was committed cannot be told: {why}")
 
 
 async def read_position(connection: Connection, collection: Collection) -> int:

@@ -132,7 +132,7 @@ WITH counter AS (
     FROM batch WHERE has_vector
     ON CONFLICT (slot, id) DO UPDATE SET doc_seq = excluded.doc_seq, vector = excluded.vector
 )
-SELECT after FROM counter;
+SELECT after, writes FROM counter;
 
 -- drop_vectors: a tombstone has no vector
 DELETE FROM {vectors} v USING unnest(%(slots)b::int4[], %(ids)b::text[]) AS gone (slot, id)
@@ -144,8 +144,9 @@ FROM unnest(%(slots)b::int4[], %(ids)b::text[], %(seqs)b::int8[]) AS moved (slot
 WHERE v.slot = moved.slot AND v.id = moved.id
 RETURNING v.id, v.vector;
 
--- remembered: the position that a transaction started from, if it was committed
-SELECT after FROM recent_writes WHERE write_id = %(write_id)s;
+-- remembered: how many transactions a log has had, and from where this one started if it was committed
+SELECT c.writes, r.after FROM counters c LEFT JOIN recent_writes r ON r.write_id = %(write_id)s
+WHERE c.collection_uid = %(uid)s;
 
 -- get: documents by id, at their place in the question
 SELECT wanted.place, d.slot, d.id, d.term, d.seq, d.deleted, d.text, d.attributes,

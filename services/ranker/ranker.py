@@ -12,6 +12,8 @@ from services.ranker.scoring import group, mmr
 from shard_router.errors import InvalidField
 from shard_router.model import AttributeType, Hit, Schema
 
+#: Scores are float32: a heavier weight would drown every other feature, and overflow in the end.
+MAX_WEIGHT = 1e6
 #: Attributes that have an order to take percentiles of.
 _ORDERED = {AttributeType.INT, AttributeType.FLOAT, AttributeType.BOOL, AttributeType.TIMESTAMP}
 
@@ -58,6 +60,8 @@ class Ranker:
             field = f"rank.features.{name}"
             if not math.isfinite(weight):
                 raise InvalidField(field, "the weight must be a finite number")
+            if abs(weight) > MAX_WEIGHT:
+                raise InvalidField(field, f"the weight must be at most {MAX_WEIGHT:g}")
             if name == SIMILARITY:
                 continue
             if name not in schema:

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,12 @@ from services.supervisor import Supervisor, backoff_s
 
 MIB = 1024 * 1024
 NAMES = ["postgres", "valkey"]
+SLEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(7))
+print("up", flush=True)
+time.sleep(60)
+"""
 
 
 class House:
@@ -263,11 +269,15 @@ def test_backoff_doubles_to_its_bound() -> None:
 
 
 async def test_orphans_of_a_killed_owner_are_ended_once_for_both(house: House) -> None:
-    sleeper = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
+    sleeper = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SLEEPER, stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
+    assert sleeper.stdout is not None
+    await sleeper.stdout.readline()
     house.data_dir.record_child("valkey", sleeper.pid)
     house.data_dir.close()
     house.data_dir = DataDir.open(house.data_dir.path, release="test")
     house.supervisor = Supervisor(house.data_dir)
     urls = await asyncio.gather(*(house.start(name) for name in NAMES))
-    assert await sleeper.wait() == -signal.SIGINT
+    assert await sleeper.wait() == 7
     assert all([await answers(url) for url in urls])

@@ -30,8 +30,8 @@ IDS = [f"id-{i}" for i in range(24)]
 FILTERS = [
     filters.check(filters.parse(text), SCHEMA)
     for text in (
-        "rank < 3", 'name = "x"', 'not name = "x"', 'tags in ("p", "q") and rank >= 1', "ok = true or rank = 0",
-        "exists(ok)", "rank > 100", "not exists(tags)",
+        "rank < 3", 'name = "x"', 'not name = "x"', 'tags in ("p", "q") and rank >= 1',
+        "ok = true or rank = 0", "exists(ok)", "rank > 100", "not exists(tags)",
     )
 ]  # fmt: skip
 
@@ -176,7 +176,7 @@ async def run(
                     replica = await opened()
                     assert replica.position == log.counter
                 case Settle():
-                    while replica.stats()["frozen_memtables"]:
+                    while replica.stats()["frozen_memtables"]:  # noqa: ASYNC110
                         await asyncio.sleep(0.001)
             replica.validate_state()
         assert replica.stats()["file_failures_total"] == 0

@@ -177,6 +177,7 @@ async def warmed_up(store: Store, make_collection: MakeCollection) -> Collection
         (Fault.LOSE_ANSWER, "conditional", b"COMMIT"),
         (Fault.DELAY_REQUEST, "conditional", b"COMMIT"),
     ],
+    ids=lambda part: "vector" if part is MARK else getattr(part, "name", str(part)),
 )
 async def test_a_write_whose_fate_is_unknown_happens_once(
     wire: Wire,
@@ -218,10 +219,32 @@ async def test_no_answer_about_a_commit_is_said(
     collection = await warmed_up(wired, make_collection)
     position = await wired.position(collection)
     wire.fault, wire.marker, wire.down = Fault.LOSE_ANSWER, MARK, True
-    with pytest.raises(StorageUnavailable, match="whether a transaction was committed"):
+    with pytest.raises(StorageUnavailable, match="whether a transaction was committed cannot be told"):
         await write(wired, collection, upsert("a", 2), within_s=0.5)
     wire.down = False
     assert await eventually_position(wired, collection) == position + 1
+
+
+async def test_a_commit_too_long_ago_to_be_remembered_is_not_repeated(
+    wire: Wire, wired: Store, make_collection: MakeCollection, database_url: str
+) -> None:
+    collection = await warmed_up(wired, make_collection)
+    position = await wired.position(collection)
+    wire.fault, wire.marker, wire.down = Fault.LOSE_ANSWER, MARK, True
+    lost = asyncio.create_task(write(wired, collection, upsert("a", 2)))
+    async with watcher(database_url) as connection:
+        committed = (
+            f"SELECT FROM ringfort.counters WHERE collection_uid = {collection.uid} AND seq > {position}"
+        )
+        while (await connection.execute(committed.encode())).rowcount == 0:
+            pass
+        # What many other transactions would do.
+        await connection.execute("UPDATE ringfort.counters SET writes = writes + 5000")
+        await connection.execute("DELETE FROM ringfort.recent_writes")
+    wire.down = False
+    with pytest.raises(StorageUnavailable, match="transactions have passed"):
+        await lost
+    assert await wired.position(collection) == position + 1
 
 
 async def eventually_position(store: Store, collection: Collection) -> int:

@@ -434,7 +434,7 @@ def test_load_creates_and_tells_what_was_refused(fake: FakeService, run: Any, ro
     _answer(fake, "CollectionService/Create", PACKAGES)
     outcome = run("load", "c", str(rows), *LOAD, "--create")
     assert outcome.code == 1
-    assert outcome.out.startswith("2 documents are in c (")
+    assert outcome.out.startswith("2 documents loaded into c, ")
     assert outcome.err == "ringfort: 1 row was refused, the first: row 2: rank: 'x' is no int\n"
     assert {id: document.attributes["rank"].int for id, document in store.documents.items()} == {
         "a": 1,
@@ -442,6 +442,22 @@ def test_load_creates_and_tells_what_was_refused(fake: FakeService, run: Any, ro
     }
     created = next(request for request in fake.requests if isinstance(request, pb.CreateCollectionRequest))
     assert dict(created.attributes) == {"rank": pb.INT}
+
+
+@pytest.mark.parametrize(
+    ("attr", "says"),
+    [
+        ("text:keyword", "text is undeclared in packages, not keyword"),
+        ("rank:bool", "rank is int in packages"),
+    ],
+)
+def test_load_refuses_attributes_the_collection_does_not_have(
+    fake: FakeService, run: Any, rows: Path, attr: str, says: str
+) -> None:
+    _answer(fake, "CollectionService/Get", PACKAGES)
+    outcome = run("load", "c", str(rows), "--id", "id", "--attr", attr)
+    assert outcome.code == 1
+    assert says in outcome.err
 
 
 def test_load_tells_its_progress_in_json(
