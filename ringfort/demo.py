@@ -38,7 +38,7 @@ QUERIES = (
     "scrape and parse html",
     "train neural networks on a gpu",
 )
-HITS = 5
+HITS = 8
 
 #: The first start makes a database and builds the embedding model.
 READY_WITHIN_S = 180.0

@@ -1,6 +1,6 @@
 """`python -m services up`: run the service in the foreground until SIGTERM or Ctrl-C.
 
-Exit codes: 0 stopped by SIGTERM, 1 could not start, 2 wrong usage, 130 interrupted.
+Exit codes: 0 stopped by SIGTERM or SIGHUP, 1 could not start, 2 wrong usage, 130 interrupted.
 """
 
 import argparse
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from services.config import Config
+    from services.embedded import Embedded
 
 #: What a signal makes of the exit code.
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    # The terminal was closed, and nohup did not ask to outlive it.
+    EXIT_CODES[signal.SIGHUP] = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.cluster:
-        print(
-            "ringfort: --cluster is not in this release",
-            file=sys.stderr,
-        )
+        _say("--cluster is not in this release")
         return 2
 
     # Here, for they take a second, in which signals have to be heard already.
@@ -38,26 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     from index_builder.models.source import ModelMissing, ModelUnsupported
     from services.config import ConfigError, load
     from services.data_dir import StartupError
+    from services.embedded import Embedded
     from services.gateway.server import PortTaken
     from services.metadata.store import StartupRefused
+    from shard_router.errors import RingfortError
 
     try:
         config = load(arguments.config, **_overrides(arguments))
+        service = Embedded(config, arguments.data_dir, release=version("ringfort"), say=_say)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, arguments.data_dir, as_json=arguments.json))
+            return runner.run(_serve(service, as_json=arguments.json))
     except (
         # Whatever keeps a service from starting and is the operator's to mend.
         StartupError, StartupRefused, PortTaken, ConfigError, ModelMissing, ModelUnsupported, ModelInaccurate,
-        OSError,
+        RingfortError, OSError,
     ) as error:  # fmt: skip
-        print(f"ringfort: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(" ".join(str(error).split()))
         return 1
 
 
-async def _serve(config: "Config", data_dir: Path, *, as_json: bool) -> int:
+async def _serve(service: "Embedded", *, as_json: bool) -> int:
     """Start, say so, wait for a signal, stop."""
-    from services.embedded import Embedded
-
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()
 
@@ -68,10 +69,6 @@ async def _serve(config: "Config", data_dir: Path, *, as_json: bool) -> int:
     for number, code in EXIT_CODES.items():
         loop.add_signal_handler(number, hear, code)
 
-    def say(words: str) -> None:
-        print(f"ringfort: {words}", file=sys.stderr, flush=True)
-
-    service = Embedded(config, data_dir, release=version("ringfort"), say=say)
     starting = asyncio.create_task(service.start())
     try:
         first: list[asyncio.Future[Any]] = [starting, told]
@@ -82,12 +79,16 @@ async def _serve(config: "Config", data_dir: Path, *, as_json: bool) -> int:
             if as_json:
                 print(json.dumps(ready), flush=True)
             else:
-                say(f"ready: gRPC on {addresses.grpc}, HTTP on {addresses.http}; Ctrl-C stops it")
+                _say(f"ready: gRPC on {addresses.grpc}, HTTP on {addresses.http}; Ctrl-C stops it")
         return await told
     finally:
         starting.cancel()
         await asyncio.wait({starting})
         await service.stop()
+
+
+def _say(words: str) -> None:
+    print(f"ringfort: {words}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,11 +121,12 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _leave(number: int, frame: object) -> None:
-    sys.exit(EXIT_CODES[signal.Signals(number)])
+    # Not by an exception: raised within the start of an extension module, it would come out as another.
+    os._exit(EXIT_CODES[signal.Signals(number)])
 
 
 if __name__ == "__main__":
     for _number in EXIT_CODES:
-        # Until there is an event loop to hear them, when there is nothing to be stopped either.
+        # Until there is an event loop to hear them; before that there is nothing to be stopped.
         signal.signal(_number, _leave)
     sys.exit(main())

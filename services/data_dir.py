@@ -20,8 +20,9 @@ FORMAT = 1
 POSTGRES_MAJOR = 18
 MIN_FREE_BYTES = 256 * 1024 * 1024
 
-#: What may lie in a directory that nobody has used yet: our own first files, and a fresh volume's own.
-_UNUSED = {"lock", "format.json.new", "lost+found"}
+#: What may lie in a directory that nobody has used yet: our own first files, a fresh volume's own, and the
+#: demo's, which lives below the default data directory.
+_UNUSED = {"lock", "format.json.new", "lost+found", "demo", "demo.log"}
 #: Process start times are read off a clock that may be slewed between two readings.
 _START_TOLERANCE_S = 1.0
 

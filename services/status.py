@@ -12,6 +12,9 @@ from shard_router import errors
 
 DOMAIN = "ringfort"
 
+#: Errors travel as HTTP/2 trailers, of which clients take 8 KiB in all, escapes included.
+MAX_MESSAGE_BYTES, MAX_FIELD_BYTES = 512, 256
+
 #: The one table; a subclass without a line of its own takes its nearest base's.
 CODES: dict[type[errors.RingfortError], grpc.StatusCode] = {
     errors.RingfortError: grpc.StatusCode.INTERNAL,
@@ -50,13 +53,20 @@ def number(code: grpc.StatusCode) -> int:
     return value
 
 
+def message_of(error: errors.RingfortError) -> str:
+    """What an error says; a long one, such as of a long name, loses its middle."""
+    return _shortened(str(error), MAX_MESSAGE_BYTES)
+
+
 def details_of(error: errors.RingfortError) -> status_pb2.Status:
     """The google.rpc.Status of an error: code, message and every detail it has facts for."""
-    status = status_pb2.Status(code=number(code_of(error)), message=str(error))
+    message = message_of(error)
+    status = status_pb2.Status(code=number(code_of(error)), message=message)
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     parts: list[any_pb2.Any] = []
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        field = _shortened(error.field, MAX_FIELD_BYTES)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_ms is not None:
         delay = duration_pb2.Duration()
@@ -73,3 +83,12 @@ def details_of(error: errors.RingfortError) -> status_pb2.Status:
 def trailing_metadata(error: errors.RingfortError) -> tuple[tuple[str, bytes], ...]:
     """The trailing metadata that carries an error's details, as every gRPC library reads them."""
     return (("grpc-status-details-bin", details_of(error).SerializeToString()),)
+
+
+def _shortened(text: str, limit_bytes: int) -> str:
+    raw = text.encode(errors="replace")
+    if len(raw) <= limit_bytes:
+        return text
+    head = raw[: limit_bytes * 2 // 3].decode(errors="ignore")
+    tail = raw[-(limit_bytes // 3 - len("…".encode())) :].decode(errors="ignore")
+    return f"{head}…{tail}"

@@ -21,6 +21,7 @@ import uvicorn
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -81,7 +82,8 @@ class Http:
                 Route("/metrics", self._metrics),
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
-            ]
+            ],
+            exception_handlers={HTTPException: _no_such_route},
         )
         self._server = _Uvicorn(
             uvicorn.Config(
@@ -136,6 +138,8 @@ class Http:
             body = json.loads(raw)
         except ValueError as error:
             raise InvalidField("body", f"is not JSON: {error}") from None
+        except RecursionError:
+            raise InvalidField("body", "nests too deep") from None
         if not isinstance(body, dict):
             raise InvalidField("body", "is not a JSON object")
         return body
@@ -161,7 +165,8 @@ class Http:
             {"texts": texts, "model": body.get("model", ""), "dimensions": body.get("dimensions", 0)},
             pb.EmbedRequest(input_type=pb.DOCUMENT),
         )
-        made = await self._embedding.Embed(request, call)
+        with _fields_as_asked("texts", "input"):
+            made = await self._embedding.Embed(request, call)
         vectors = np.frombuffer(made.vectors.data, np.float32).reshape(made.vectors.rows, made.vectors.dim)
         tokens = sum(row.tokens for row in made.rows)
         return {
@@ -189,7 +194,8 @@ class Http:
             {"query": body.get("query", ""), "texts": texts, "top_n": body.get("top_n") or 0},
             pb.RerankRequest(ranker=str(body.get("ranker", ""))),
         )
-        made = await self._embedding.Rerank(request, call)
+        with _fields_as_asked("texts", "documents"):
+            made = await self._embedding.Rerank(request, call)
         results = []
         for hit in made.hits:
             result: dict[str, Any] = {"index": hit.index, "relevance_score": hit.score}
@@ -245,6 +251,17 @@ def _parsed(body: Mapping[str, Any], message: Any) -> Any:
         raise InvalidField("body", str(error)) from None
 
 
+@contextlib.contextmanager
+def _fields_as_asked(field: str, asked: str) -> Iterator[None]:
+    """Says an error of the message's field under the name it has in the HTTP request."""
+    try:
+        yield
+    except InvalidField as error:
+        if not error.field.startswith(field):
+            raise
+        raise InvalidField(asked + error.field.removeprefix(field), error.problem) from None
+
+
 def _filter_text(body: dict[str, Any]) -> dict[str, Any]:
     """A filter given as text, in place of the message of the same meaning."""
     if isinstance(body.get("filter"), str):
@@ -254,9 +271,20 @@ def _filter_text(body: dict[str, Any]) -> dict[str, Any]:
 
 def _json(message: Message) -> dict[str, Any]:
     told: dict[str, Any] = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        message,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+        unquote_int64_if_possible=True,
     )
     return told
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """What Starlette says of an unknown path or method, as JSON like every other error."""
+    assert isinstance(error, HTTPException)
+    code = "NOT_FOUND" if error.status_code == 404 else "UNIMPLEMENTED"
+    told = {"code": code, "message": f"no {request.method} {request.url.path}", "field": "", "reason": code}
+    return JSONResponse({"error": told}, error.status_code, error.headers)
 
 
 def _error(

@@ -1,7 +1,8 @@
 """Recommend: retrieve candidates near what is liked, then rank and diversify them.
 
 The taste vector is the mean of the liked examples' directions less half the mean of the unliked ones'
-(Rocchio, "Relevance feedback in information retrieval", 1971, with beta = 1 and gamma = 0.5).
+(Rocchio, "Relevance feedback in information retrieval", 1971, with beta = 1 and gamma = 0.5). Where
+distance is L2, it is the liked examples' centre, moved half as far again from the unliked ones'.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_
 from services.ranker.ranker import Ranked, Ranker
 from shard_router.errors import InvalidField, NotFound
 from shard_router.filters import check
-from shard_router.model import Include
+from shard_router.model import Include, Metric
 
 UNLIKE_WEIGHT = 0.5
 
@@ -92,13 +93,12 @@ class Recommend:
         k = request.k if request.HasField("k") else DEFAULT_K
         timings = pb.Timings()
         began = time.perf_counter()
+        use_cache = request.cache != pb.BYPASS
         like, unlike = await asyncio.gather(
-            self._examples(served, request.like, "like", deadline),
-            self._examples(served, request.unlike, "unlike", deadline),
+            self._examples(served, request.like, "like", deadline, use_cache=use_cache),
+            self._examples(served, request.unlike, "unlike", deadline, use_cache=use_cache),
         )
-        taste = _direction(like)
-        if len(unlike):
-            taste = taste - UNLIKE_WEIGHT * _direction(unlike)
+        taste = _taste(like, unlike, served.collection.metric)
         timings.embed_ms = (time.perf_counter() - began) * 1e3
         found = await self._candidates(served, request, k, taste, deadline)
         timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
@@ -161,7 +161,13 @@ class Recommend:
         )
 
     async def _examples(
-        self, served: Served, examples: Sequence[pb.Example], field: str, deadline: Deadline
+        self,
+        served: Served,
+        examples: Sequence[pb.Example],
+        field: str,
+        deadline: Deadline,
+        *,
+        use_cache: bool,
     ) -> np.ndarray:
         """Vectors of the examples, float32 [n, dim], ids first, then vectors, then texts."""
         dim = served.collection.dim
@@ -182,8 +188,18 @@ class Recommend:
             for where, example in by_kind["text"]:
                 self._retrieval.check_text(example.text, f"{where}.text")
             texts = [example.text for _, example in by_kind["text"]]
-            parts.append((await self._retrieval.text_vectors(served, texts, deadline)).vectors)
+            made = await self._retrieval.text_vectors(served, texts, deadline, use_cache=use_cache)
+            parts.append(made.vectors)
         return np.concatenate(parts)
+
+
+def _taste(like: np.ndarray, unlike: np.ndarray, metric: Metric) -> np.ndarray:
+    """What to search for, float64 [dim]."""
+    if metric is Metric.L2:
+        # A point among points: weights that add up to one keep it in their midst.
+        centre: np.ndarray = like.mean(axis=0, dtype=np.float64)
+        return centre + UNLIKE_WEIGHT * (centre - unlike.mean(axis=0)) if len(unlike) else centre
+    return _direction(like) - UNLIKE_WEIGHT * _direction(unlike) if len(unlike) else _direction(like)
 
 
 def _direction(vectors: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ codes with details, and counts. A method may return a message or a message's byt
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -32,7 +34,7 @@ from services.deadline import Deadline
 from services.gateway.admission import Admission
 from services.gateway.servicers import Call
 from services.telemetry import Telemetry
-from shard_router.errors import NotImplementedHere, RingfortError, Unauthenticated
+from shard_router.errors import InvalidField, NotImplementedHere, RingfortError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Server:
                 ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ping while they wait
             )
         )
         for name, descriptor in SERVICES.items():
@@ -122,25 +124,32 @@ class Server:
         if answer is None:
             answer = _streaming_refusal(method) if method.server_streaming else _refusal(method)
         wrap = self._streaming if method.server_streaming else self._unary
+        parse = functools.partial(_parse, request_type)
+        # Parsed behind the wrapper: what gRPC cannot deserialize it answers with UNKNOWN.
         return make(
-            wrap(method.name, answer),
-            request_deserializer=request_type.FromString,
-            response_serializer=_serialize,
+            wrap(method.name, parse, answer), request_deserializer=None, response_serializer=_serialize
         )
 
-    def _unary(self, name: str, answer: Callable[[Any, Call], Any]) -> Callable[[Any, Context], Any]:
-        async def unary(request: Any, context: Context) -> Any:
+    def _unary(
+        self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], Any]
+    ) -> Callable[[bytes, Context], Any]:
+        async def unary(request: bytes, context: Context) -> Any:
             async with self._entered(name, context) as call:
-                return await answer(request, call)
+                return await answer(parse(request), call)
 
         return unary
 
     def _streaming(
-        self, name: str, answer: Callable[[Any, Call], AsyncIterator[Any]]
+        self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], AsyncIterator[Any]]
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        async def parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+            async for request in requests:
+                yield parse(request)
+
         async def streaming(requests: Any, context: Context) -> AsyncIterator[Any]:
             async with self._entered(name, context, stream=True) as call:
-                responses = answer(requests, call)
+                asked = parse(requests) if isinstance(requests, bytes) else parsed(requests)
+                responses = answer(asked, call)
                 async with contextlib.aclosing(responses):  # type: ignore[type-var]  # async generators all
                     async for response in responses:
                         yield response
@@ -161,7 +170,7 @@ class Server:
             yield Call(tenant, Deadline.after(default if left is None else left))
         except RingfortError as error:
             code = status.code_of(error)
-            await context.abort(code, str(error), status.trailing_metadata(error))
+            await context.abort(code, status.message_of(error), status.trailing_metadata(error))
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
@@ -201,6 +210,13 @@ def tenant_of(keys: Mapping[str, str], given: str) -> str:
     if tenant is None:
         raise Unauthenticated("an API key is needed: send it as x-api-key or as a bearer token")
     return tenant
+
+
+def _parse(request_type: type[Message], raw: bytes) -> Message:
+    try:
+        return request_type.FromString(raw)
+    except DecodeError:
+        raise InvalidField("request", f"is not a {request_type.DESCRIPTOR.name}") from None
 
 
 def _serialize(message: Any) -> bytes:
