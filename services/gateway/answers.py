@@ -83,8 +83,6 @@ class Answers:
         A computation is shared only between requests that know of the same writes, so nobody is handed an
         answer older than a write acknowledged before the request came, and that ask for the same coverage.
         """
-        if served.position is None:
-            return await compute()
 
         async def lead() -> Computed:
             made = await compute()
@@ -107,7 +105,7 @@ class Answers:
         self, served: Served, key: bytes, value: bytes, tier: str, max_staleness_ms: int
     ) -> Cached | None:
         entry = AnswerEntry.decode(value)
-        if entry is None or served.position is None:
+        if entry is None:
             return None
         known = {served.log_id: served.position}
         if fresh(entry, known, int(time.time() * 1000), max_staleness_ms):

@@ -41,9 +41,8 @@ class Served:
         self.collection = collection
         self.shard_map = shard_map
         self.log_id = log_id
-        #: The highest log position known to be committed; None while a commit's outcome is unknown,
-        #: and then no cached answer counts as current.
-        self.position: int | None = None
+        #: The log's position after the last write that was acknowledged here, or at the start.
+        self._acknowledged = 0
         #: By shard.
         self.replicas: dict[int, Replica] = {}
         #: By shard, bool [slots].
@@ -51,11 +50,20 @@ class Served:
 
     def committed(self, upto: int, delta: LogDelta | None) -> None:
         """Note a commit and hand its rows to the replicas; one that cannot take them reads the log."""
-        if self.position is not None:
-            self.position = max(self.position, upto)
+        self._acknowledged = max(self._acknowledged, upto)
         for shard, replica in self.replicas.items():
             if delta is None or not replica.offer(slice_of(delta, self.masks[shard])):
                 replica.wake()
+
+    @property
+    def position(self) -> int:
+        """The latest log position known: all that was acknowledged here, all that a replica has read."""
+        return max(self._acknowledged, *(replica.position for replica in self.replicas.values()))
+
+    def look(self) -> None:
+        """There may be something new in the log."""
+        for replica in self.replicas.values():
+            replica.wake()
 
     async def wait_for(self, position: int, deadline: Deadline) -> bool:
         """Whether every replica has applied `position` before the deadline."""
@@ -226,5 +234,5 @@ class Catalog:
 
         opened = await asyncio.gather(*(open_shard(shard) for shard in shard_map.shards))
         served.replicas = dict(zip(shard_map.shards, opened, strict=True))
-        served.position = await self.store.position(collection)
+        served.committed(await self.store.position(collection), None)
         return served

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from services.deadline import Deadline
 from services.gateway.catalog import Served
 from services.metadata.store import Store
-from shard_router.errors import DeadlineExceeded, NotFound, Overloaded, RingfortError, StorageUnavailable
+from shard_router.errors import NotFound, Overloaded, RingfortError, StorageUnavailable
 from shard_router.model import Write, WriteOutcome
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ class Committer:
             if not isinstance(error, RingfortError):
                 log.error("a write batch failed", exc_info=error)
                 failure = StorageUnavailable("the write batch failed; the log has the reason")
-            if isinstance(error, StorageUnavailable | DeadlineExceeded | asyncio.CancelledError):
-                self._doubt()
+            # It may be committed all the same; then the replicas find it in the log.
+            self._served.look()
             for waiting in batch:
                 if not waiting.done.done():
                     waiting.done.set_exception(failure)
@@ -110,20 +110,3 @@ class Committer:
             at += len(waiting.writes)
             if not waiting.done.done():
                 waiting.done.set_result(Committed(outcomes, commit.upto))
-
-    def _doubt(self) -> None:
-        """The batch may or may not be committed: no cached answer is current until the counter is read."""
-        if self._served.position is None:
-            return
-        self._served.position = None
-        self._resolver = asyncio.create_task(self._resolve())
-
-    async def _resolve(self) -> None:
-        while self._served.position is None and not self._closed:
-            try:
-                self._served.position = await self._store.position(self._served.collection)
-                for replica in self._served.replicas.values():
-                    replica.wake()
-            except RingfortError as error:
-                log.warning("the log's position is still unknown: %s", error)
-                await asyncio.sleep(0.2)

@@ -76,10 +76,7 @@ class Documents:
         filter = wire.filter_from(request.filter)
         if filter is not None:
             filter = check(filter, served.collection.schema)
-        position = served.position
-        if position is None:
-            position = await self._catalog.store.position(served.collection)
-        if not await served.wait_for(position, deadline):
+        if not await served.wait_for(served.position, deadline):
             raise DeadlineExceeded("waiting for the shards")
         counts = [await replica.count(filter) for replica in served.replicas.values()]
         return pb.CountResponse(count=sum(counts))

@@ -102,7 +102,7 @@ class Retrieval:
     async def wait_for_token(self, served: Served, positions: Mapping[str, int], deadline: Deadline) -> None:
         """Until every shard shows the writes of a token; UnknownLog if it is of another log."""
         position = served.require_token(positions)
-        if position > (served.position or 0):
+        if position > served.position:
             counter = await self._catalog.store.position(served.collection)
             if position > counter:
                 raise UnknownLog(served.log_id, position, counter)

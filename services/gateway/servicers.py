@@ -345,6 +345,6 @@ class ClusterService:
             name=served.collection.name,
             generation=served.collection.generation,
             epoch=served.shard_map.epoch,
-            watermark=served.position or 0,
+            watermark=served.position,
             replicas=replicas,
         )

@@ -1,0 +1,1 @@
+"""Measures the service against ceilings of the same run: `python -m loadtests.bench`."""

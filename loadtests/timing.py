@@ -1,0 +1,117 @@
+"""How things are timed: sides that take turns, closed loops of callers, and processor time."""
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import faiss
+import numpy as np
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a closed loop of callers came to: how long all of it took, and each call."""
+
+    seconds: float
+    latencies_ms: Sequence[float]
+
+    @property
+    def calls(self) -> int:
+        """How many calls were answered."""
+        return len(self.latencies_ms)
+
+    @property
+    def per_s(self) -> float:
+        """Calls a second, of all callers together."""
+        return self.calls / self.seconds
+
+    def quantile_ms(self, share: float) -> float:
+        """The latency that this share of the calls kept within."""
+        return float(np.quantile(self.latencies_ms, share))
+
+
+def take_turns(rounds: int, *sides: Callable[[], T], warm_up: bool = True) -> list[list[T]]:
+    """What each side gave in each round; sides change places every round, after a first try of each."""
+    if warm_up:
+        for side in sides:
+            side()
+    results: list[list[T]] = [[] for _ in sides]
+    for number in range(rounds):
+        order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
+        for i in order:
+            results[i].append(sides[i]())
+    return results
+
+
+def median(values: Iterable[float]) -> float:
+    """The middle one."""
+    return statistics.median(values)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The middle of the rounds' ratios."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def excess(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The middle of the rounds' differences."""
+    return median(a - b for a, b in zip(ours, theirs, strict=True))
+
+
+def alone(seconds: float, call: Callable[[int], object]) -> Load:
+    """One caller that calls again as soon as it is answered; the argument numbers the calls."""
+    latencies_ms: list[float] = []
+    first = now = time.perf_counter()
+    while now < first + seconds:
+        call(len(latencies_ms))
+        began, now = now, time.perf_counter()
+        latencies_ms.append((now - began) * 1e3)
+    return Load(now - first, latencies_ms)
+
+
+def in_threads(threads: int, seconds: float, call: Callable[[int], object]) -> Load:
+    """The same from threads of this process, each with FAISS and BLAS on its own core only.
+
+    A failed call fails the load.
+    """
+    numbers = itertools.count()
+    parts: list[Load] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        # The setting is per thread; OpenMP's own threads would only get into each other's way.
+        faiss.omp_set_num_threads(1)
+        try:
+            parts.append(alone(seconds, lambda _: call(next(numbers))))
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
+    return Load(time.perf_counter() - began, [ms for part in parts for ms in part.latencies_ms])
+
+
+def processor_s(work: Callable[[], object]) -> float:
+    """Processor seconds of this process, all threads, while it does something."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def wall_s(work: Callable[[], object]) -> float:
+    """Seconds that something takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
