@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ class Callers:
 
 async def _closed_loop(
     callers: int,
-    numbers: "itertools.count[int] | Any",
+    numbers: Iterator[int],
     seconds: float | None,
     call: Callable[[int], Awaitable[object]],
 ) -> Load:

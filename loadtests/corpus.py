@@ -2,12 +2,12 @@
 
 import gzip
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ringfort
-from ringfort import Vector
+from ringfort.documents import Vector
 
 TOP = Path(ringfort.__file__).parent / "data" / "pypi-top.tsv"
 #: What `bucket` is drawn from: a filter `bucket < 10` passes 1% of the documents.
@@ -21,6 +21,8 @@ ATTRIBUTES = {
     "bucket": "int",
 }
 _SEED = 20_261_122
+#: Words of a new text: about ten tokens.
+_NEW_WORDS = 6
 
 
 class Package(NamedTuple):
@@ -51,7 +53,11 @@ def read(path: Path, rows: int | None = None) -> Sequence[Package]:
     """
     rng = random.Random(_SEED)
     packages: list[Package] = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as file
+    ):
         next(file)
         for line in file:
             name, version, last_release, rank, summary = line.rstrip("\n").split("\t")
@@ -60,3 +66,11 @@ def read(path: Path, rows: int | None = None) -> Sequence[Package]:
                 packages.append(Package(name, version, last_release, place, summary, rng.randrange(BUCKETS)))
     rng.shuffle(packages)
     return packages[:rows]
+
+
+def new_texts(packages: Sequence[Package]) -> Iterator[str]:
+    """Texts that no cache knows, of words of the descriptions; without end, and others at every call."""
+    words = sorted({word for package in packages for word in package.summary.split() if word.isalpha()})
+    rng = random.Random()
+    while True:
+        yield " ".join(rng.choices(words, k=_NEW_WORDS))

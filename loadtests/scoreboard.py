@@ -36,7 +36,7 @@ class Measured:
     why: str = ""
 
 
-_RIVALS = "needs torch and sentence-transformers (the extra `models`), which are not installed here"
+_TORCH = "needs torch and sentence-transformers (the extra `models`), which are not installed here"
 _PEERS = "needs the peer and its client in .venv-bench"
 _NATIVE = "needs `server: native`, which this release does not have"
 _REINDEX = "this release has no Reindex"
@@ -44,17 +44,17 @@ _CLUSTER = "this release has the embedded composition only"
 _LATER = "its load does not exist yet"
 
 ROWS = (
-    Row("embed.int8_vs_fp32.query", "embed", "INT8 over FP32 in ONNX Runtime, 10-token texts, batch 32", 2.2, 4.5),
+    Row("embed.int8_vs_fp32.query", "embed", "INT8 over FP32 in ONNX Runtime, 10 tokens, batch 32", 2.2, 4.5),
     Row("embed.int8_vs_fp32.passage", "embed", "the same, 128 tokens", 1.8, 3.9),
-    Row("embed.vs_sentence_transformers.query", "embed", "over SentenceTransformer.encode", 4, 6, absent=_RIVALS),
-    Row("embed.vs_sentence_transformers.passage", "embed", "the same, passages", 3, 5, absent=_RIVALS),
+    Row("embed.vs_sentence_transformers.query", "embed", "over SentenceTransformer", 4, 6, absent=_TORCH),
+    Row("embed.vs_sentence_transformers.passage", "embed", "the same, passages", 3, 5, absent=_TORCH),
     Row("embed.vs_best_engine.query", "embed", "over the fastest other INT8 engine", 1, 1.6, absent=_LATER),
     Row("embed.vs_best_engine.passage", "embed", "the same, passages", 1, 1.6, absent=_LATER),
-    Row("embed.rpc_us_per_text.c64", "embed", "CPU µs a text beyond the engine's, 64 callers", 300, 120, True),
+    Row("embed.rpc_us_per_text.c64", "embed", "CPU µs a text over the engine's, 64 callers", 300, 120, True),
     Row("embed.added_ms.c1", "embed", "Embed p50 less the engine's, ms", 1.0, 0.7, True),
     Row("embed.added_ms.c1.native", "embed", "the same, native server", 0.6, 0.3, True, _NATIVE),
     Row("embed.length_aware", "embed", "batches by length over order of arrival", 3.0, 3.3),
-    Row("embed.gemm_share", "embed", "share of the host's INT8 GEMM rate, passages", 0.33, 0.65, absent=_LATER),
+    Row("embed.gemm_share", "embed", "share of the host's INT8 GEMM rate", 0.33, 0.65, absent=_LATER),
     Row("search.recall.default", "search", "recall@10 after churn", 0.95, 0.97),
     Row("search.recall.high", "search", "the same at high effort", 0.99, 0.995),
     Row("search.recall.filtered", "search", "worst of 50, 10, 5, 1, 0.1% filters", 0.98, 0.995),
@@ -75,7 +75,7 @@ ROWS = (
     Row("cache.redis_relief.zipf", "cache", "the same, Zipf", 0.58, 0.65, absent=_LATER),
     Row("e2e.cached_search_ms.c1", "e2e", "cached text Search, p50 ms", 1.5, 0.6, True),
     Row("e2e.text_search_ms.c1", "e2e", "text Search, p50 ms", 12, 3, True),
-    Row("e2e.text_search_vs_stack", "e2e", "over FastAPI, torch and pgvector", 4, 10, absent=_RIVALS),
+    Row("e2e.text_search_vs_stack", "e2e", "over FastAPI, torch and pgvector", 4, 10, absent=_TORCH),
     Row("memory.bytes_per_document", "start", "resident bytes a document", 1_200, 700, True),
     Row("start.ready_s", "start", "from disk to SERVING, seconds, on the documents there are", 3, 1, True),
     Row("start.ready_s.300k", "start", "the same with 300k documents", 3, 1, True),

@@ -25,7 +25,9 @@ class ServiceFailed(RuntimeError):
 class Service:
     """`python -m services up` on a data directory and free ports, from its ready line to `stop`."""
 
-    def __init__(self, data_dir: Path, *, env: Mapping[str, str] | None = None, within_s: float = 120.0) -> None:
+    def __init__(
+        self, data_dir: Path, *, env: Mapping[str, str] | None = None, within_s: float = 120.0
+    ) -> None:
         """Start it and wait until it serves; `env` goes on top of ours. ServiceFailed otherwise."""
         self.data_dir = data_dir
         self._told = data_dir.with_name(f"{data_dir.name}.stderr")
@@ -63,7 +65,7 @@ class Service:
         )
 
     def resident(self) -> dict[str, int]:
-        """Bytes of the service's own process in memory, its share of shared pages (Pss): all, anonymous, file."""
+        """Bytes of the service's own process in memory (Pss): all, anonymous, of files."""
         lines = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text().splitlines()[1:]
         kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
         return {name: kib[name] * 1024 for name in ("Pss", "Pss_Anon", "Pss_File")}

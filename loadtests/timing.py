@@ -11,7 +11,8 @@ from typing import TypeVar
 import faiss
 import numpy as np
 
-T = TypeVar("T")
+Ours = TypeVar("Ours")
+Theirs = TypeVar("Theirs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,27 @@ class Load:
         return float(np.quantile(self.latencies_ms, share))
 
 
-def take_turns(rounds: int, *sides: Callable[[], T], warm_up: bool = True) -> list[list[T]]:
-    """What each side gave in each round; sides change places every round, after a first try of each."""
+def take_turns(
+    rounds: int, ours: Callable[[], Ours], theirs: Callable[[], Theirs], *, warm_up: bool = True
+) -> tuple[list[Ours], list[Theirs]]:
+    """What each side gave in each round; who goes first changes every round, after a first try of each."""
     if warm_up:
-        for side in sides:
-            side()
-    results: list[list[T]] = [[] for _ in sides]
+        ours(), theirs()
+    our_results: list[Ours] = []
+    their_results: list[Theirs] = []
     for number in range(rounds):
-        order = range(len(sides)) if number % 2 == 0 else reversed(range(len(sides)))
-        for i in order:
-            results[i].append(sides[i]())
-    return results
+        if number % 2 == 0:
+            our_results.append(ours())
+        their_results.append(theirs())
+        if number % 2:
+            our_results.append(ours())
+    return our_results, their_results
+
+
+def repeat(rounds: int, side: Callable[[], Ours]) -> list[Ours]:
+    """What one side, which has no other, gave in each round after a first try."""
+    side()
+    return [side() for _ in range(rounds)]
 
 
 def median(values: Iterable[float]) -> float:

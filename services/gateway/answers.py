@@ -55,19 +55,24 @@ class Answers:
             c.uid, c.tenant, c.generation, c.schema_version, ranker_version, query, options
         )
 
-    async def get(self, served: Served, key: bytes, max_staleness_ms: int) -> Cached | None:
-        """The answer of that name, if one is kept and still good enough."""
+    async def get(self, served: Served, key: bytes, at_least: int, max_staleness_ms: int) -> Cached | None:
+        """The answer of that name, if one is kept and still good enough.
+
+        It includes the log up to position `at_least`, whatever staleness is allowed.
+        """
         value = self._cache.peek(key)
         if value is not None:
-            return self._good(served, key, value, "L1", max_staleness_ms)
-        return (await self.get_many(served, [key], max_staleness_ms))[0]
+            return self._good(served, key, value, "L1", at_least, max_staleness_ms)
+        return (await self.get_many(served, [key], at_least, max_staleness_ms))[0]
 
     async def get_many(
-        self, served: Served, names: Sequence[bytes], max_staleness_ms: int
+        self, served: Served, names: Sequence[bytes], at_least: int, max_staleness_ms: int
     ) -> list[Cached | None]:
         """The same for many, in order, with one read of each tier."""
         return [
-            None if found is None else self._good(served, name, found.value, found.tier, max_staleness_ms)
+            None
+            if found is None
+            else self._good(served, name, found.value, found.tier, at_least, max_staleness_ms)
             for name, found in zip(names, await self._cache.get_many(names), strict=True)
         ]
 
@@ -102,13 +107,14 @@ class Answers:
             self._cache.put_many(items, ttl_s=self._ttl_s)
 
     def _good(
-        self, served: Served, key: bytes, value: bytes, tier: str, max_staleness_ms: int
+        self, served: Served, key: bytes, value: bytes, tier: str, at_least: int, max_staleness_ms: int
     ) -> Cached | None:
         entry = AnswerEntry.decode(value)
         if entry is None:
             return None
         known = {served.log_id: served.position}
-        if fresh(entry, known, int(time.time() * 1000), max_staleness_ms):
+        seen = entry.positions.get(served.log_id, 0) >= at_least
+        if seen and fresh(entry, known, int(time.time() * 1000), max_staleness_ms):
             return Cached(entry.body, TIERS[tier])
         self._superseded += 1
         if max_staleness_ms == 0:

@@ -59,13 +59,13 @@ class BatchRetrieval:
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
         queries = self._queries(served, request)
-        if request.HasField("read_after"):
-            await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
+        at_least = await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
         names: list[bytes] = []
         bodies: list[tuple[bytes, pb.ServedFrom.ValueType] | None] = [None] * len(queries)
         if request.cache != pb.BYPASS:
             names = self._names(served, request, queries, k)
-            found = await self._answers.get_many(served, names, self._retrieval.staleness(served, request))
+            staleness_ms = self._retrieval.staleness(served, request)
+            found = await self._answers.get_many(served, names, at_least, staleness_ms)
             bodies = [None if f is None else (f.body, f.served_from) for f in found]
         missing = [i for i, body in enumerate(bodies) if body is None]
         timings = pb.Timings(cache_ms=(time.perf_counter() - began) * 1e3)

@@ -55,13 +55,13 @@ class Recommend:
         began = time.perf_counter()
         served = self._catalog.resolve(tenant, request.collection)
         self._check(served, request)
-        if request.HasField("read_after"):
-            await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
+        at_least = await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
             made = await self._recommend(served, request, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
         key = self._answers.key(served, self._ranker.version, _query_bytes(request), b"recommend")
-        cached = await self._answers.get(served, key, self._retrieval.staleness(served, request))
+        staleness_ms = self._retrieval.staleness(served, request)
+        cached = await self._answers.get(served, key, at_least, staleness_ms)
         if cached is not None:
             return cached.body + _suffix(cached.served_from, began)
         made = await self._answers.once(

@@ -60,8 +60,7 @@ class Retrieval:
         check_share(request.effort, "effort")
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
-        if request.HasField("read_after"):
-            await self.wait_for_token(served, request.read_after.positions, deadline)
+        at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
             made = await self._search(served, request, k, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
@@ -73,7 +72,7 @@ class Retrieval:
             )
         )  # fmt: skip
         key = self._answers.key(served, "", query, options)
-        cached = await self._answers.get(served, key, self.staleness(served, request))
+        cached = await self._answers.get(served, key, at_least, self.staleness(served, request))
         if cached is not None:
             return cached.body + _suffix(cached.served_from, began)
         cache_ms = (time.perf_counter() - began) * 1e3
@@ -99,8 +98,13 @@ class Retrieval:
                 raise NotFound("document", id, field)
         return np.stack([found[id] for id in ids])
 
-    async def wait_for_token(self, served: Served, positions: Mapping[str, int], deadline: Deadline) -> None:
-        """Until every shard shows the writes of a token; UnknownLog if it is of another log."""
+    async def wait_for_token(self, served: Served, positions: Mapping[str, int], deadline: Deadline) -> int:
+        """Until every shard shows the writes of a token; its position, 0 for an empty one.
+
+        UnknownLog if the token is of another log or beyond this one.
+        """
+        if not positions:
+            return 0
         position = served.require_token(positions)
         if position > served.position:
             counter = await self._catalog.store.position(served.collection)
@@ -108,6 +112,7 @@ class Retrieval:
                 raise UnknownLog(served.log_id, position, counter)
         if not await served.wait_for(position, deadline):
             raise DeadlineExceeded("read_after")
+        return position
 
     def check_text(self, text: str, field: str) -> None:
         """A query text that can be embedded."""

@@ -69,7 +69,12 @@ class EmbeddingService:
             raise InvalidField("input_type", f"{request.input_type} is not an input type")
         texts = self._embeddings.check_texts(request.texts, "texts", truncate=request.truncate)
         made = await self._embeddings.embed(texts, INPUT_TYPES[request.input_type], call.deadline)
-        rows = zip(made.tokens.tolist(), made.truncated.tolist(), made.cached.tolist(), strict=True)
+        truncated = made.truncated
+        if request.truncate:
+            truncated = truncated | [
+                len(t) < len(whole) for t, whole in zip(texts, request.texts, strict=True)
+            ]
+        rows = zip(made.tokens.tolist(), truncated.tolist(), made.cached.tolist(), strict=True)
         return pb.EmbedResponse(
             vectors=wire.matrix_from(made.vectors, request.dtype),
             rows=[pb.EmbedRow(tokens=t, truncated=cut, cached=cached) for t, cut, cached in rows],

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+import psycopg
 
 from services.deadline import Deadline
-from services.metadata.database import Database, connection_arguments
+from services.metadata.database import Database, connection_arguments, first_line
 from services.metadata.documents import Documents
 from services.metadata.log import Log
 from services.metadata.ownership import Ownership
@@ -37,10 +38,13 @@ class Store:
     ) -> "Store":
         """Wait up to `wait_s` for the server, claim the database, bring its schema up to date.
 
-        Raises StartupRefused: unreachable, in use by another service, too old a server, not UTF8, or last
-        used by a newer release.
+        Raises StartupRefused: not a URL, unreachable, in use by another service, too old a server, not UTF8,
+        or last used by a newer release.
         """
-        arguments = connection_arguments(url, statement_timeout_ms)
+        try:
+            arguments = connection_arguments(url, statement_timeout_ms)
+        except psycopg.ProgrammingError as error:
+            raise StartupRefused(f"metadata.postgres_url: {first_line(error)}") from None
         ownership = Ownership(arguments)
         database = Database(arguments, pool_size=pool_size, statement_timeout_ms=statement_timeout_ms)
         try:

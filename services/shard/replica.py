@@ -1,16 +1,13 @@
 """One replica of a shard: follows the log, answers searches, and can be thrown away at any time.
 
-Everything below runs on the event loop, except searches (the search threads) and file work (one niced
-thread of its own). It follows the log from pushes (`offer`), hints (`wake`) and a slow poll.
+Everything below runs on the event loop, except searches (the search threads) and file work (one thread of
+its own, or a child process). It follows the log from pushes (`offer`), hints (`wake`) and a slow poll.
 """
 
 import asyncio
 import heapq
 import itertools
 import logging
-import os
-import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from index_builder.segments import device as devices
-from index_builder.segments.merge import merge
+from index_builder.segments.merge import merge, merge_in_child
 from index_builder.segments.segment import Segment
 from services.deadline import Deadline
 from services.shard.filter_cache import FilterCache
@@ -44,6 +41,8 @@ _SLICE_ROWS = 512
 #: Frozen memtables in memory, at most: when their files cannot be written, the replica falls behind.
 _FROZEN_MOST = 8
 _FILTER_CACHE_BYTES = 32 << 20
+#: Merges of so many rows are worth a process of their own.
+_CHILD_ROWS = 16_384
 #: Slowest retry of a log that cannot be read.
 _BACKOFF_MOST_S = 5.0
 
@@ -78,8 +77,10 @@ class Replica:
         self._filters = FilterCache(_FILTER_CACHE_BYTES)
         self._searches = Searches(collection.metric, search_threads, self._filters)
         self._files = FileState()
-        self._file_thread = ThreadPoolExecutor(1, "segments", initializer=_be_nice)
+        self._file_thread = ThreadPoolExecutor(1, "segments")
         self._file_work: asyncio.Task[None] | None = None
+        #: Whether that is a child process, which may be ended at any time.
+        self._merging = False
         #: Everything of the log up to here is applied, each document at that state or a later one.
         self.position = 0
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
@@ -236,7 +237,7 @@ class Replica:
         )
 
     async def close(self) -> None:
-        """Stop following and searching; a write of files that has begun is finished first.
+        """Stop following and searching; a seal that has begun is finished first, a large merge given up.
 
         Nothing needs to be saved: what lies in no segment is in the log.
         """
@@ -248,6 +249,8 @@ class Replica:
         self._release_waiters()
         await self._searches.close()
         while self._file_work is not None:
+            if self._merging:
+                self._file_work.cancel()
             await asyncio.wait([self._file_work])
         self._file_thread.shutdown()
 
@@ -405,7 +408,8 @@ class Replica:
             log.error("%s of %s failed, will be tried again: %s", instruction, self._name, error,
                       exc_info=not isinstance(error, OSError))  # fmt: skip
             event = Failed()
-        self._file_work = None
+        finally:
+            self._file_work = None
         self._handle(event)
 
     async def _seal(self, number: int) -> None:
@@ -427,7 +431,7 @@ class Replica:
                 covers=(memtable.after, memtable.rows[-1].version.seq),
             )
 
-        await self._swap({number: rows}, write)
+        await self._swap({number: rows}, await self._in_file_thread(write))
         self._counts["seals"] += 1
 
     async def _rewrite(self, numbers: Sequence[int]) -> None:
@@ -435,13 +439,21 @@ class Replica:
         picks = {number: self._layout.live_rows(number) for number in numbers}
         path = self._shelf.new_segment()
         sources = [(segment, picks[number]) for number, segment in parts.items()]
-        await self._swap(picks, lambda: merge(path, sources, self._collection.schema))
+        schema = self._collection.schema
+        if sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
+            self._merging = True
+            try:
+                segment = await merge_in_child(path, sources, schema)
+            finally:
+                self._merging = False
+        else:
+            segment = await self._in_file_thread(lambda: merge(path, sources, schema))
+        await self._swap(picks, segment)
         await self._in_file_thread(lambda: self._shelf.drop([segment.name for segment in parts.values()]))
         self._counts["rewrites"] += 1
 
-    async def _swap(self, picks: Mapping[int, np.ndarray], write: Callable[[], Segment | None]) -> None:
-        """Write a segment of these rows, publish it, and only then search it in place of its sources."""
-        segment = await self._in_file_thread(write)
+    async def _swap(self, picks: Mapping[int, np.ndarray], segment: Segment | None) -> None:
+        """Publish the segment of these rows, and only then search it in place of its sources."""
         entries, position = self._layout.sealed(picks, segment)
         try:
             await self._in_file_thread(lambda: self._shelf.publish(position, entries))
@@ -465,9 +477,3 @@ def _restored(collection: Collection, recovered: Recovered, memtable_rows: int) 
     for segment, dead in recovered.segments:
         layout.restore(segment, dead)
     return layout
-
-
-def _be_nice() -> None:
-    """Let searches go before file work; on Linux a thread has its own niceness."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

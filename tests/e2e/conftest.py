@@ -7,10 +7,14 @@ from uuid import uuid4
 import grpc
 import httpx
 import pytest
+from rpc import Rpc
 from up import Up, lend_model
 
 from ringfort import Client
 from ringfort.errors import NotFound
+
+#: Small enough for a test's collection to be sealed into segments, and for its answers to leave L1.
+SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "500", "RINGFORT_CACHE__L1_BYTES": str(4 * 1024 * 1024)}
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterat
     """The service all tests share; whoever stops it starts one of their own."""
     data_dir = tmp_path_factory.mktemp("e2e") / "data"
     lend_model(model_dir, data_dir)
-    up = Up.start(data_dir)
+    up = Up.start(data_dir, env=SETTINGS)
     yield up
     assert up.stop() == 0
 
@@ -36,6 +40,12 @@ def channel(service: Up) -> Iterator[grpc.Channel]:
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(service.grpc, options) as channel:
         yield channel
+
+
+@pytest.fixture(scope="session")
+def rpc(channel: grpc.Channel) -> Rpc:
+    """The shared service, message by message."""
+    return Rpc.on(channel)
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ class Up:
         return _stderr_of(self.data_dir)
 
     def stop(self, within_s: float = 30.0) -> int:
-        """SIGTERM and wait; the exit code. AssertionError if it does not end in time, and then it is killed."""
+        """SIGTERM and wait; the exit code. AssertionError if it does not end in time; it is killed then."""
         self.process.terminate()
         try:
             code = self.process.wait(within_s)

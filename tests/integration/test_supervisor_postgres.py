@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib.util
+import os
 import stat
 import subprocess
 import sys
@@ -70,14 +71,22 @@ async def test_its_settings_are_durable_local_and_utf8(data_path: Path) -> None:
     assert stat.S_IMODE((data_path / "postgres" / "cluster").stat().st_mode) == 0o700
 
 
+async def server_process(connection: psycopg.AsyncConnection) -> psutil.Process:
+    server = psutil.Process(int(str(await value(connection, "SELECT pg_backend_pid()")))).parent()
+    assert server is not None
+    return server
+
+
 async def test_the_users_own_postgres_variables_do_not_reach_it(
     data_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGPORT", "1")
-    monkeypatch.setenv("PGDATA", "/nowhere")
+    monkeypatch.setenv("PGDATESTYLE", "German")
     monkeypatch.setenv("PATH", "/nowhere:/usr/bin:/bin")
     async with postgres(data_path) as connection:
         assert str(await value(connection, "SHOW server_version")).startswith("18.")
+        environment = (await server_process(connection)).environ()
+        assert [name for name in environment if name.startswith("PG")] == []
 
 
 async def test_an_unfinished_cluster_is_made_anew(tmp_path: Path) -> None:
@@ -110,7 +119,8 @@ async def test_lost_passwords_are_said_in_words(data_path: Path) -> None:
 
 @pytest.fixture
 def stranger() -> Iterator["subprocess.Popen[bytes]"]:
-    with subprocess.Popen(["sleep", "60"]) as process:
+    # Of the user that runs Postgres: it does not mind the processes of others.
+    with subprocess.Popen(["sleep", "60"], user=65534 if os.geteuid() == 0 else None) as process:
         yield process
         process.kill()
 
@@ -180,8 +190,7 @@ async def test_pg_bindir_goes_before_the_wheel_even_below_a_closed_directory(
     (closed / "bin").symlink_to(Path(wheel) / "pginstall" / "bin")
     monkeypatch.setenv("PG_BINDIR", str(closed / "bin"))
     async with postgres(data_path) as connection:
-        server = psutil.Process(int(str(await value(connection, "SELECT pg_backend_pid()")))).parent()
-        assert server.cmdline()[0] == str(closed / "bin" / "postgres")
+        assert (await server_process(connection)).cmdline()[0] == str(closed / "bin" / "postgres")
 
 
 async def test_logs_are_few_and_hold_no_documents(data_path: Path) -> None:

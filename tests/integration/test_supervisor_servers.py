@@ -130,6 +130,18 @@ async def test_a_killed_server_comes_back_on_its_port(
     assert said == [f"{name} was killed by signal 9; starting it again", f"{name} is running again"] * 2
 
 
+async def test_a_server_that_keeps_dying_is_started_less_and_less_eagerly(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[int] = []
+    monkeypatch.setattr("services.supervisor.backoff_s", lambda n: failures.append(n) or 0.0)
+    await house.start("valkey")
+    for times in (1, 2, 3):
+        house.process("valkey").kill()
+        await until(partial(running_again, house, "valkey", times))
+    assert failures == [0, 1, 2]
+
+
 async def running_again(house: House, name: str, times: int) -> bool:
     return house.supervisor.stats() == {f"{name}_up": 1.0, f"{name}_restarts_total": float(times)}
 

@@ -79,7 +79,7 @@ attributes = st.fixed_dictionaries(
 
 @st.composite
 def writes(draw: st.DrawFn) -> Write:
-    upserts = draw(st.dictionaries(ids, vector, max_size=12))
+    upserts = draw(st.dictionaries(ids, vector, min_size=1, max_size=12))
     deletes = draw(st.lists(ids.filter(lambda id: id not in upserts), max_size=4, unique=True))
     return Write(
         upserts, {id: draw(attributes) for id in upserts}, tuple(deletes), pushed=draw(st.integers(0, 3)) > 0
@@ -90,12 +90,14 @@ searches = st.builds(
     Search,
     st.lists(vector, min_size=1, max_size=3),
     st.integers(1, 30),
-    st.none() | st.sampled_from(FILTERS),
+    st.sampled_from([None, *FILTERS]),
     st.booleans(),
     st.frozensets(ids, max_size=3),
 )
 steps = st.lists(
-    st.one_of(writes(), writes(), searches, st.just(Restart()), st.just(Settle())), min_size=1, max_size=25
+    st.one_of(writes(), writes(), searches, searches, st.just(Restart()), st.just(Settle())),
+    min_size=8,
+    max_size=30,
 )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from index_builder.segments import frame, similarity
-from index_builder.segments.merge import merge
+from index_builder.segments.merge import merge, merge_in_child
 from index_builder.segments.segment import Segment
 from shard_router.errors import SegmentCorrupt
 from shard_router.model import AttributeType, LogRow, Metric, Version
@@ -185,3 +185,14 @@ def test_a_merge_holds_the_picked_rows_of_every_source_in_order(tmp_path: Path) 
     assert (merged.vectors == one.vectors[[3, 1, 0]]).all()
     assert merged.covers == (0, 50)
     assert merge(tmp_path / "none", [(one, np.array([], np.int64))], SCHEMA) is None
+
+
+async def test_a_merge_in_a_child_process_makes_the_same_segment(tmp_path: Path) -> None:
+    one = written(tmp_path)
+    merged = await merge_in_child(tmp_path / "both", [(one, np.array([3, 1]))], SCHEMA)
+    assert merged is not None
+    assert [merged.log_row(row) for row in range(2)] == [one.log_row(3), one.log_row(1)]
+    assert await merge_in_child(tmp_path / "none", [(one, np.array([], np.int64))], SCHEMA) is None
+    (tmp_path / "one" / "header").unlink()
+    with pytest.raises(OSError, match="SegmentCorrupt"):
+        await merge_in_child(tmp_path / "again", [(one, np.array([0]))], SCHEMA)

@@ -323,6 +323,48 @@ async def test_an_answer_never_claims_a_position_whose_documents_moved_on_unseen
     assert seen == [(0, 0), (5, 0)], "after the first page nothing was certain yet"
 
 
+async def test_a_page_read_before_a_push_does_not_undo_it(open_replica: Open, log: MemoryLog) -> None:
+    replica = await open_replica(poll_ms=60_000)
+    original, read, go_on = log.tail, asyncio.Event(), asyncio.Event()
+
+    async def slow(after: int) -> LogDelta:
+        delta = await original(after)
+        read.set()
+        await go_on.wait()
+        return delta
+
+    replica._tail = slow
+    born = log.write(vectors("a", "b"))
+    replica.wake()
+    await read.wait()
+    assert replica.offer(born)
+    assert replica.offer(log.write(deletes=("a",)))
+    go_on.set()
+    assert replica.offer(log.write(vectors("c")))
+    await until(lambda: replica.stats()["tail_reads_total"] == 2)
+    assert {hit.id for hit in await nearest(replica, [1, 0, 0])} == {"b", "c"}
+    assert replica.position == 4
+    replica.validate_state()
+
+
+async def test_large_merges_run_in_a_child_and_closing_ends_it(
+    open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.shard.replica._CHILD_ROWS", 1)
+    replica = await open_replica()
+    for i in range(65):
+        replica.offer(log.write(vectors(f"d{i}")))
+    await until(lambda: replica.stats()["rewrites_total"] == 1)
+    assert replica.describe()["segments"] == 1
+    assert {hit.id for hit in await nearest(replica, [1, 0, 0], k=100)} == set(log.live)
+    replica.offer(log.write(deletes=tuple(f"d{i}" for i in range(60))))
+    await until(lambda: replica._merging)
+    await replica.close()
+    again = await open_replica()
+    assert {hit.id for hit in await nearest(again, [1, 0, 0], k=100)} == set(log.live)
+    again.validate_state()
+
+
 async def test_outages_of_the_log_are_sat_out(open_replica: Open, log: MemoryLog) -> None:
     replica = await open_replica()
     log.failures = [StorageUnavailable("restarting"), StorageUnavailable("restarting")]

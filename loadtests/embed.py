@@ -1,0 +1,150 @@
+"""Embedding: what the engine gains over FP32, and what the service adds to the engine."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+
+import numpy as np
+
+from index_builder.models.tokenizer import padded
+from loadtests.callers import Callers
+from loadtests.corpus import new_texts
+from loadtests.engine import Batch, Engine, by_length, in_order
+from loadtests.run import Run
+from loadtests.scoreboard import Measured
+from loadtests.timing import alone, excess, median, processor_s, ratio, repeat, take_turns
+from ringfort import Client
+
+_SEED = 7
+_BATCH_ROWS = 32
+_QUERY_TOKENS, _PASSAGE_TOKENS = 10, 128
+#: Mixed lengths are spread evenly over their logarithm, from a word to what the model reads.
+_LEAST_TOKENS, _MOST_TOKENS = 5, 256
+_CALLERS = 64
+
+
+def measure(run: Run) -> Iterator[Measured]:
+    """The rows of this family."""
+    stream = _token_stream(run)
+    yield from _against_fp32(run, stream)
+    yield _length_aware(run, stream)
+    texts = new_texts(run.packages)
+    yield _rpc_us_per_text(run, texts)
+    yield _added_ms(run, texts)
+
+
+def _against_fp32(run: Run, stream: np.ndarray) -> Iterator[Measured]:
+    int8, fp32 = (Engine(run.manifest(precision), threads=1) for precision in ("int8", "fp32"))
+    for name, tokens, batches in (
+        ("query", _QUERY_TOKENS, run.sized(16, 1)),
+        ("passage", _PASSAGE_TOKENS, run.sized(2, 1)),
+    ):
+        texts = batches * _BATCH_ROWS
+        work = in_order([_text_of(stream, i, tokens) for i in range(texts)], _BATCH_ROWS)
+        int8_s, fp32_s = take_turns(
+            run.rounds,
+            *(partial(_processor_s, engine, work) for engine in (int8, fp32)),
+        )
+        detail = {
+            "unit": "texts per CPU-second, one thread",
+            "int8": texts / median(int8_s),
+            "fp32": texts / median(fp32_s),
+            "cosine_p1_to_fp32": int8.manifest.agreement.p1,
+        }
+        yield Measured(f"embed.int8_vs_fp32.{name}", ratio(fp32_s, int8_s), detail)
+
+
+def _processor_s(engine: Engine, work: Sequence[Batch]) -> float:
+    return engine.run(work).processor_s
+
+
+def _length_aware(run: Run, stream: np.ndarray) -> Measured:
+    engine = Engine(run.manifest(), threads=1)
+    rng = random.Random(_SEED)
+    texts = run.sized(192, 64)
+    growth = math.log(_MOST_TOKENS / _LEAST_TOKENS)
+    lengths = [round(_LEAST_TOKENS * math.exp(growth * rng.random())) for _ in range(texts)]
+    ids = [_text_of(stream, i, length) for i, length in enumerate(lengths)]
+    arrival = in_order(ids, _BATCH_ROWS)
+    sorted_ = in_order(ids, _BATCH_ROWS, sorted(range(texts), key=lengths.__getitem__))
+    aware_s, arrival_s = take_turns(
+        run.rounds, lambda: engine.run(sorted_).processor_s, lambda: engine.run(arrival).processor_s
+    )
+    detail = {
+        "texts": texts,
+        "batch": _BATCH_ROWS,
+        "padding": {"by_length": _padding(sorted_), "arrival": _padding(arrival)},
+        "texts_per_cpu_s": {"by_length": texts / median(aware_s), "arrival": texts / median(arrival_s)},
+    }
+    return Measured("embed.length_aware", ratio(arrival_s, aware_s), detail)
+
+
+def _rpc_us_per_text(run: Run, texts: Iterator[str]) -> Measured:
+    count = run.sized(2_000, 200)
+    rates: list[float] = []
+    with Callers(run.service.grpc) as callers:
+
+        def round_() -> tuple[float, float, float]:
+            """CPU seconds of the service, of the client, and of the engine with the same texts."""
+            asked = list(islice(texts, count))
+            before = run.service.processor_s()
+
+            async def call(number: int) -> object:
+                return await callers.client.embed([asked[number]])
+
+            client_s = processor_s(lambda: rates.append(callers.calls(_CALLERS, count, call).per_s))
+            service_s = run.service.processor_s() - before
+            return service_s, client_s, run.engine.run(by_length(run.engine.tokenize(asked))).processor_s
+
+        rounds = repeat(run.rounds, round_)
+    us = [tuple(1e6 * seconds / count for seconds in each) for each in rounds]
+    service, client, engine = ([each[i] for each in us] for i in range(3))
+    spent = [a + b for a, b in zip(service, client, strict=True)]
+    detail = {
+        "unit": "CPU us a text, tokenizing and Valkey included",
+        "service": median(service),
+        "client": median(client),
+        "engine": median(engine),
+        "texts_per_s": median(rates[1:]),
+    }
+    return Measured("embed.rpc_us_per_text.c64", excess(spent, engine), detail)
+
+
+def _added_ms(run: Run, texts: Iterator[str]) -> Measured:
+    engine = Engine(run.manifest(), threads=1)
+    ids = engine.tokenize(list(islice(texts, 512)))
+    alone_s = run.seconds / 2
+    with Client(run.service.grpc) as client:
+        ours, engines = take_turns(
+            run.rounds,
+            lambda: alone(alone_s, lambda _: client.embed([next(texts)])).quantile_ms(0.5),
+            lambda: alone(
+                alone_s, lambda number: engine.model.encode(*padded([ids[number % len(ids)]]))
+            ).quantile_ms(0.5),
+        )
+    detail = {
+        "unit": "p50 ms, one caller, one text of about ten tokens",
+        "grpc": median(ours),
+        "engine": median(engines),
+    }
+    return Measured("embed.added_ms.c1", excess(ours, engines), detail)
+
+
+def _token_stream(run: Run) -> np.ndarray:
+    """Token ids of many descriptions end to end, without the tokens that mark ends; int32."""
+    texts = [package.summary for package in run.packages[:4_000]]
+    return np.concatenate([ids[1:-1] for ids in run.engine.tokenize(texts)])
+
+
+def _text_of(stream: np.ndarray, number: int, tokens: int) -> np.ndarray:
+    """One text of exactly so many tokens, int32, its ends marked as the model wants them."""
+    start = number * (_MOST_TOKENS + 1) % (len(stream) - tokens)
+    first, last = 101, 102  # [CLS] and [SEP] of the packaged tokenizer
+    return np.concatenate([[first], stream[start : start + tokens - 2], [last]]).astype(np.int32)
+
+
+def _padding(batches: Sequence[Batch]) -> float:
+    """Tokens that are run for each token there is."""
+    return sum(mask.size for _, mask, _ in batches) / sum(int(mask.sum()) for _, mask, _ in batches)

@@ -1,0 +1,161 @@
+"""Ingest: what is left of the engine's rate, and of COPY's, when documents go through the service."""
+
+import asyncio
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import LiteralString
+
+import numpy as np
+import psycopg
+from psycopg.types.json import Jsonb
+
+from loadtests.corpus import ATTRIBUTES, Package
+from loadtests.engine import by_length
+from loadtests.run import Run
+from loadtests.scoreboard import Measured
+from loadtests.service import Service
+from loadtests.timing import median, ratio, take_turns, wall_s
+from ringfort import Client, __version__
+from services.data_dir import DataDir
+from services.supervisor import Supervisor
+
+#: Most documents of one round.
+_DOCUMENTS, _QUICK_DOCUMENTS = 20_000, 400
+_VECTOR_BATCH = 512
+_CREATE: LiteralString = """
+CREATE TABLE copied (
+    id         text COLLATE "C" PRIMARY KEY,
+    text       text,
+    attributes jsonb NOT NULL,
+    vector     bytea STORAGE EXTERNAL NOT NULL
+)
+"""
+_COPY: LiteralString = "COPY copied (id, text, attributes, vector) FROM STDIN (FORMAT BINARY)"
+
+
+def measure(run: Run) -> Iterator[Measured]:
+    """The rows of this family."""
+    packages = run.packages[: run.sized(_DOCUMENTS, _QUICK_DOCUMENTS)]
+    vectors = run.vectors[: len(packages)]
+    with _servers(run) as (service, postgres_url), Client(service.grpc, timeout_s=120) as client:
+        yield _texts(run, client, packages)
+        yield _vectors(run, client, packages, vectors, postgres_url)
+
+
+@contextmanager
+def _servers(run: Run) -> Iterator[tuple[Service, str]]:
+    """A service of its own on a Postgres that COPY can reach too, and that Postgres's URL."""
+    data_dir = DataDir.open(run.scratch / "postgres", release=__version__)
+    supervisor = Supervisor(data_dir)
+    try:
+        with asyncio.Runner() as runner:
+            try:
+                url = runner.run(supervisor.start_postgres())
+                with run.start(run.new_data_dir("ingest"), RINGFORT_METADATA__POSTGRES_URL=url) as service:
+                    yield service, url
+            finally:
+                runner.run(supervisor.stop())
+    finally:
+        data_dir.close()
+
+
+class _Loads:
+    """One load after another, each into a new collection."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._numbers = itertools.count()
+        #: Of the last load, at its end: positions committed but not yet searchable, rows not yet sealed.
+        self.debt: dict[str, int] = {}
+
+    def seconds(self, documents: Iterable[dict[str, object]], *, wait: str, batch: int) -> float:
+        """How long the documents take; one that is refused is an error."""
+        name = f"load-{next(self._numbers)}"
+        self._client.create_collection(name, attributes=ATTRIBUTES)
+        try:
+            return wall_s(lambda: self._load(name, documents, wait, batch))
+        finally:
+            self._client.delete_collection(name)
+
+    def _load(self, name: str, documents: Iterable[dict[str, object]], wait: str, batch: int) -> None:
+        result = self._client.upsert(name, documents, wait=wait, batch=batch)
+        if result.failures:
+            raise RuntimeError(f"{len(result.failures)} documents were refused, first {result.failures[0]}")
+        [status] = [each for each in self._client.cluster().collections if each.name == name]
+        [replica] = status.replicas
+        self.debt = {
+            "positions_behind": status.watermark - replica.position,
+            "memtable_rows": replica.memtable_rows,
+            "segments": replica.segments,
+        }
+
+
+def _texts(run: Run, client: Client, packages: Sequence[Package]) -> Measured:
+    loads = _Loads(client)
+    ids: list[np.ndarray] = []
+    tokenize_s = wall_s(lambda: ids.extend(run.engine.tokenize([package.summary for package in packages])))
+    batches = by_length(ids)
+    # A load is long; a short one warms both sides up.
+    loads.seconds((package.document() for package in packages[:256]), wait="VISIBLE", batch=256)
+    run.engine.run(by_length(ids[:256]))
+    ours, engines = take_turns(
+        run.rounds,
+        lambda: loads.seconds((package.document() for package in packages), wait="VISIBLE", batch=256),
+        lambda: run.engine.run(batches).seconds,
+        warm_up=False,
+    )
+    detail = {
+        "unit": "texts a second, visible; the engine's texts were tokenized before",
+        "documents": len(packages),
+        "threads": run.engine.threads,
+        "service": len(packages) / median(ours),
+        "engine": len(packages) / median(engines),
+        "tokenizing_s": tokenize_s,
+        "tokens_per_text": sum(map(len, ids)) / len(ids),
+        "debt": loads.debt,
+    }
+    return Measured("ingest.text_vs_engine", ratio(engines, ours), detail)
+
+
+def _vectors(
+    run: Run, client: Client, packages: Sequence[Package], vectors: np.ndarray, postgres_url: str
+) -> Measured:
+    loads = _Loads(client)
+    rows = [
+        (package.name, package.summary, Jsonb(package.attributes), vector.tobytes())
+        for package, vector in zip(packages, vectors, strict=True)
+    ]
+
+    def ours() -> float:
+        documents = (package.document(vector) for package, vector in zip(packages, vectors, strict=True))
+        return loads.seconds(documents, wait="DURABLE", batch=_VECTOR_BATCH)
+
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA copies")
+        connection.execute("SET search_path TO copies")
+
+        def copy() -> float:
+            connection.execute(_CREATE)
+            try:
+                return wall_s(lambda: _copy(connection, rows))
+            finally:
+                connection.execute("DROP TABLE copied")
+
+        ours_s, copy_s = take_turns(run.rounds, ours, copy)
+    detail = {
+        "unit": "documents a second with text, attributes and vector, durable",
+        "documents": len(rows),
+        "batch": _VECTOR_BATCH,
+        "service": len(rows) / median(ours_s),
+        "copy": len(rows) / median(copy_s),
+        "debt": loads.debt,
+    }
+    return Measured("ingest.vectors_vs_copy", ratio(copy_s, ours_s), detail)
+
+
+def _copy(connection: "psycopg.Connection[tuple[object, ...]]", rows: Iterable[Sequence[object]]) -> None:
+    with connection.cursor() as cursor, cursor.copy(_COPY) as copy:
+        copy.set_types(["text", "text", "jsonb", "bytea"])
+        for row in rows:
+            copy.write_row(row)

@@ -1,0 +1,285 @@
+"""Vector search: how much is found, and how fast beside FAISS in this process."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from loadtests.callers import Callers
+from loadtests.corpus import BUCKETS
+from loadtests.run import Costed, Library, Run
+from loadtests.scoreboard import Measured
+from loadtests.timing import alone, excess, in_threads, median, ratio, take_turns
+from ringfort import Client
+
+# FAISS makes its classes at run time, and this one is not in its stubs.
+_Parameters: Any = getattr(faiss, "SearchParametersHNSW")  # noqa: B009
+
+_K = 10
+_CALLERS, _BATCH_CALLERS, _BATCH_ROWS = 16, 4, 32
+#: Queries that each filtered recall is taken over.
+_FILTERED_QUERIES = 128
+#: Shares of the documents that filters pass.
+_SHARES = (0.5, 0.1, 0.05, 0.01, 0.001)
+#: Different filters of one share, so that no side keeps one filter's rows at hand alone.
+_FILTERS = 16
+_LINKS, _EF_CONSTRUCTION = 32, 200
+#: Recall beyond which FAISS is not asked for more.
+_ENOUGH = 0.99
+_EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+#: Scores are float32 and summed in different orders.
+_TIE = 1e-5
+
+
+def measure(run: Run) -> Iterator[Measured]:
+    """The rows of this family."""
+    library = run.library
+    truth = Truth(library)
+    with Client(run.service.grpc, timeout_s=120) as client, Callers(run.service.grpc) as callers:
+        recall = _recall(client, library, truth, None)
+        yield Measured(
+            "search.recall.default", recall, {"k": _K, "queries": len(library.queries), **library.detail}
+        )
+        high = _recall(client, library, truth, 1.0)
+        yield Measured("search.recall.high", high, {"effort": 1.0, **library.detail})
+        yield _filtered_recall(client, library, truth)
+        ceiling = Ceiling.build(run, library, truth, recall)
+        yield _one_at_a_time(run, library, callers, ceiling)
+        yield _batches(run, library, callers, ceiling)
+        yield _added_ms(run, library, client, ceiling)
+        yield _filter_one_percent(run, library, callers)
+
+
+class Truth:
+    """What a search should find, by comparing with every document."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._row_of = {package.name: row for row, package in enumerate(library.packages)}
+
+    def recall(self, answers: Sequence[Sequence[int]], passing: np.ndarray | None = None) -> float:
+        """Share of the k best (of those passing, bool [documents]) that the rows found hold, by query.
+
+        A row counts if it is as good as the k-th best, so which of equals was found does not matter.
+        """
+        found = wanted = 0
+        for query, rows in zip(self._library.query_vectors, answers, strict=False):
+            scores = self._library.vectors @ query
+            if passing is not None:
+                scores = np.where(passing, scores, -np.inf)
+            k = min(_K, len(scores) if passing is None else int(passing.sum()))
+            least = np.partition(scores, -k)[-k] - _TIE if k else np.inf
+            found += sum(scores[row] >= least for row in set(rows))
+            wanted += k
+        return float(found / wanted) if wanted else 1.0
+
+    def rows(self, ids: Sequence[str]) -> list[int]:
+        """Documents by row; one that is not in the collection is an error."""
+        return [self._row_of[id] for id in ids]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard FAISS searches its graph, and the recall it has then."""
+
+    ef: int
+    recall: float
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """FAISS in this process: HNSW over float32, a thread a core.
+
+    It searches as hard as the service's recall asks, but never for more than `_ENOUGH`: on collections so
+    small that the service compares with every document, a graph would be no ceiling.
+    """
+
+    index: faiss.Index
+    effort: Effort
+    #: For the very recall of the service, where that is more.
+    matched: Effort
+
+    @classmethod
+    def build(cls, run: Run, library: Library, truth: Truth, recall: float) -> "Ceiling":
+        """The graph over the library, with the least efforts that find enough."""
+        faiss.omp_set_num_threads(run.cpus)
+        index = faiss.IndexHNSWFlat(library.vectors.shape[1], _LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = _EF_CONSTRUCTION
+        index.add(library.vectors)
+        tried: list[Effort] = []
+        for ef in _EFFORTS:
+            _, rows = index.search(library.query_vectors, _K, params=_parameters(ef))
+            tried.append(Effort(ef, truth.recall(rows.tolist())))
+            if tried[-1].recall >= recall:
+                break
+        enough = next((each for each in tried if each.recall >= min(recall, _ENOUGH)), tried[-1])
+        return cls(index, enough, tried[-1])
+
+    def search(self, effort: Effort, queries: np.ndarray) -> object:
+        """The nearest of each query, float32 [n, dim]."""
+        return self.index.search(queries, _K, params=_parameters(effort.ef))
+
+    @property
+    def detail(self) -> dict[str, object]:
+        """What a figure measured against it should say."""
+        return {"faiss_ef": self.effort.ef, "faiss_recall": self.effort.recall}
+
+    @property
+    def matched_detail(self) -> dict[str, object]:
+        """The same where it searches for the service's recall."""
+        return {"ef": self.matched.ef, "recall": self.matched.recall}
+
+
+def _parameters(ef: int) -> Any:
+    return _Parameters(efSearch=ef)
+
+
+def _recall(client: Client, library: Library, truth: Truth, effort: float | None) -> float:
+    answers = [
+        truth.rows([hit.id for hit in client.search(
+            library.collection, vector=query, k=_K, effort=effort, include=(), cache=False
+        )])
+        for query in library.query_vectors
+    ]  # fmt: skip
+    return truth.recall(answers)
+
+
+def _filtered_recall(client: Client, library: Library, truth: Truth) -> Measured:
+    buckets = np.array([package.bucket for package in library.packages])
+    by_share: dict[str, float] = {}
+    for share in _SHARES:
+        most = round(share * BUCKETS)
+        answers = [
+            truth.rows([hit.id for hit in client.search(
+                library.collection, vector=query, k=_K, filter=f"bucket < {most}", include=(), cache=False
+            )])
+            for query in library.query_vectors[:_FILTERED_QUERIES]
+        ]  # fmt: skip
+        by_share[f"{share:.1%}"] = truth.recall(answers, buckets < most)
+    return Measured(
+        "search.recall.filtered", min(by_share.values()), {"by_share": by_share, **library.detail}
+    )
+
+
+def _one_at_a_time(run: Run, library: Library, callers: Callers, ceiling: Ceiling) -> Measured:
+    def searches(include: tuple[str, ...] | None) -> Costed:
+        async def call(number: int) -> object:
+            return await callers.client.search(
+                library.collection, vector=_query(library, number)[0], k=_K, include=include, cache=False
+            )
+
+        return run.costed(lambda: callers.load(_CALLERS, run.seconds, call))
+
+    def graph(effort: Effort) -> float:
+        return in_threads(
+            run.cpus, run.seconds, lambda number: ceiling.search(effort, _query(library, number))
+        ).per_s
+
+    ours, theirs = take_turns(run.rounds, lambda: searches(()), lambda: graph(ceiling.effort))
+    whole, matched = [searches(None)], graph(ceiling.matched)
+    detail = {
+        "unit": "queries a second, ids and scores",
+        "callers": _CALLERS,
+        "service": Costed.detail(ours),
+        "service_with_text_and_attributes": Costed.detail(whole),
+        "faiss": median(theirs),
+        "faiss_at_the_services_recall": {"per_s": matched, **ceiling.matched_detail},
+    }
+    value = ratio([each.load.per_s for each in ours], theirs)
+    return Measured("search.vs_faiss.c16", value, detail | ceiling.detail | library.detail)
+
+
+def _batches(run: Run, library: Library, callers: Callers, ceiling: Ceiling) -> Measured:
+    count = len(library.query_vectors) // _BATCH_ROWS
+
+    def queries(number: int) -> np.ndarray:
+        start = number % count * _BATCH_ROWS
+        return library.query_vectors[start : start + _BATCH_ROWS]
+
+    async def call(number: int) -> object:
+        return await callers.client.batch_search(
+            library.collection, vectors=queries(number), k=_K, cache=False
+        )
+
+    def graph(effort: Effort) -> float:
+        return in_threads(run.cpus, run.seconds, lambda number: ceiling.search(effort, queries(number))).per_s
+
+    ours, theirs = take_turns(
+        run.rounds,
+        lambda: callers.load(_BATCH_CALLERS, run.seconds, call).per_s,
+        lambda: graph(ceiling.effort),
+    )
+    matched = graph(ceiling.matched)
+    detail = {
+        "unit": "queries a second",
+        "callers": _BATCH_CALLERS,
+        "service": _BATCH_ROWS * median(ours),
+        "faiss": _BATCH_ROWS * median(theirs),
+        "faiss_at_the_services_recall": {"per_s": _BATCH_ROWS * matched, **ceiling.matched_detail},
+    }
+    return Measured("search.vs_faiss.batch32", ratio(ours, theirs), detail | ceiling.detail | library.detail)
+
+
+def _added_ms(run: Run, library: Library, client: Client, ceiling: Ceiling) -> Measured:
+    def search(number: int) -> object:
+        return client.search(
+            library.collection, vector=_query(library, number)[0], k=_K, include=(), cache=False
+        )
+
+    ours, theirs = take_turns(
+        run.rounds,
+        lambda: alone(run.seconds, search).quantile_ms(0.5),
+        lambda: in_threads(
+            1, run.seconds, lambda number: ceiling.search(ceiling.effort, _query(library, number))
+        ).quantile_ms(0.5),
+    )
+    detail = {"unit": "p50 ms, one caller, blocking client", "service": median(ours), "faiss": median(theirs)}
+    return Measured("search.added_ms.c1", excess(ours, theirs), detail | ceiling.detail | library.detail)
+
+
+def _filter_one_percent(run: Run, library: Library, callers: Callers) -> Measured:
+    width = BUCKETS // 100
+    buckets = np.array([package.bucket for package in library.packages])
+    spans = [(i * width, (i + 1) * width) for i in range(_FILTERS)]
+    filters = [f"bucket >= {first} and bucket < {end}" for first, end in spans]
+    rows = [np.flatnonzero((buckets >= first) & (buckets < end)) for first, end in spans]
+
+    async def call(number: int) -> object:
+        return await callers.client.search(
+            library.collection,
+            vector=_query(library, number)[0],
+            k=_K,
+            filter=filters[number % _FILTERS],
+            include=(),
+            cache=False,
+        )
+
+    def gather(number: int) -> object:
+        allowed = rows[number % _FILTERS]
+        scores = library.vectors[allowed] @ _query(library, number)[0]
+        best = np.argpartition(-scores, min(_K, len(scores)) - 1)[:_K]
+        return allowed[best[np.argsort(-scores[best])]]
+
+    ours, theirs = take_turns(
+        run.rounds,
+        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, call)),
+        lambda: in_threads(run.cpus, run.seconds, gather).per_s,
+    )
+    detail = {
+        "unit": "queries a second",
+        "callers": _CALLERS,
+        "service": Costed.detail(ours),
+        "gather": median(theirs),
+        "filters": _FILTERS,
+        "rows_passing": float(np.mean([len(each) for each in rows])),
+    }
+    value = ratio([each.load.per_s for each in ours], theirs)
+    return Measured("search.filter1_vs_gather", value, detail | library.detail)
+
+
+def _query(library: Library, number: int) -> np.ndarray:
+    """One query, float32 [1, dim]."""
+    start = number % len(library.query_vectors)
+    return library.query_vectors[start : start + 1]
