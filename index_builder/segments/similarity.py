@@ -17,22 +17,25 @@ def prepare(vectors: np.ndarray, metric: Metric, out: np.ndarray | None = None) 
     """The vectors as they are stored and searched: of length 1 for cosine, unchanged otherwise.
 
     vectors: float32 [n, dim]; a zero vector stays zero, and scores 0 against everything. `out`, where
-    given, receives the result; without it an unchanged input is returned as it is.
+    given, receives the result; without it an unchanged input is returned as it is. A row's result
+    depends on nothing but the row.
     """
     if metric is not Metric.COSINE:
         if out is None:
             return vectors
         out[...] = vectors
         return out
-    with np.errstate(over="ignore"):
-        squares = np.vecdot(vectors, vectors)
     result: np.ndarray = np.empty_like(vectors) if out is None else out
-    if ((squares > 1e-30) & (squares < 1e30)).all():
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        squares = np.vecdot(vectors, vectors)
         np.divide(vectors, np.sqrt(squares)[:, None], out=result)
-        return result
-    # float32 squares of very short or very long vectors lose digits, or leave the range altogether.
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    result[...] = vectors / np.where(lengths > 0, lengths, 1)
+    # float32 squares of very short or very long vectors lose digits, or leave the range altogether. Only
+    # such rows go another way: how a vector is rounded must not depend on what it arrived with.
+    extreme = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
+    if len(extreme):
+        exact = vectors[extreme].astype(np.float64)
+        lengths = np.linalg.norm(exact, axis=1, keepdims=True)
+        result[extreme] = exact / np.where(lengths > 0, lengths, 1)
     return result
 
 

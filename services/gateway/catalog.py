@@ -131,11 +131,11 @@ class Catalog:
         """A tenant's collections, by name."""
         return [served for served in self.all() if served.collection.tenant == tenant]
 
-    def resolve(self, tenant: str, name: str) -> Served:
-        """The collection of that name or alias; NotFound names the field."""
+    def resolve(self, tenant: str, name: str, field: str = "collection") -> Served:
+        """The collection of that name or alias; NotFound names the request's field."""
         found = self._by_name.get((tenant, name)) or self._by_alias.get((tenant, name))
         if found is None:
-            raise NotFound("collection", name)
+            raise NotFound("collection", name, field)
         return found
 
     async def create(

@@ -223,7 +223,7 @@ class CollectionService:
         return self._message(served)
 
     async def Get(self, request: pb.GetCollectionRequest, call: Call) -> pb.Collection:
-        return self._message(self._catalog.resolve(call.tenant, request.name))
+        return self._message(self._catalog.resolve(call.tenant, request.name, "name"))
 
     async def List(self, request: pb.ListCollectionsRequest, call: Call) -> pb.ListCollectionsResponse:
         return pb.ListCollectionsResponse(

@@ -19,12 +19,16 @@ SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "500", "RINGFORT_CACHE__L1_BYTES": 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Up]:
-    """The service all tests share; whoever stops it starts one of their own."""
+    """The service all tests share; whoever stops it starts one of their own.
+
+    Nothing that is asked of it, however wrong, may be an error of its own.
+    """
     data_dir = tmp_path_factory.mktemp("e2e") / "data"
     lend_model(model_dir, data_dir)
     up = Up.start(data_dir, env=SETTINGS)
     yield up
     assert up.stop() == 0
+    assert up.errors() == []
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What may be served from a cache, from which tier, and when it no longer may."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_a_durable_write_ends_answers_too(client: Client, filled: str) -> None:
         client.search(filled, text=TEXT, k=100)
         client.upsert(filled, [{"id": f"more{i}", "text": TEXT}], wait="DURABLE")
         assert client.search(filled, text=TEXT, k=100).served_from == "INDEX"
+
+
+def test_many_writers_each_see_their_own_write_in_a_shared_answer(client: Client, collection: str) -> None:
+    def write_and_look(writer: int) -> int:
+        """How often the one question that everybody asks left out a write of this writer's."""
+        missed = 0
+        for i in range(12):
+            client.upsert(collection, [{"id": f"w{writer}/{i}", "text": f"text {i % 3}"}])
+            found = ids(client.search(collection, text=TEXT, k=1_000, include=["attributes"]))
+            missed += not {f"w{writer}/{j}" for j in range(i + 1)} <= set(found)
+        return missed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(write_and_look, range(8))) == 0
+    assert len(client.search(collection, text=TEXT, k=1_000)) == 96
 
 
 def test_a_refused_write_and_one_elsewhere_end_nothing(

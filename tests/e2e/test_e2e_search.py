@@ -125,11 +125,12 @@ def test_a_hit_carries_the_parts_asked_for(client: Client, collection: str) -> N
 
 
 def test_an_answer_says_where_it_comes_from(rpc: Rpc, collection: str) -> None:
+    text = f"a text nobody embedded before, {uuid4().hex}"
     rpc.document.Upsert(
-        pb.UpsertRequest(collection=collection, documents=[pb.Document(id="a", text="a")], wait=pb.VISIBLE)
+        pb.UpsertRequest(collection=collection, documents=[pb.Document(id="a", text=text)], wait=pb.VISIBLE)
     )
     told = rpc.collection.Get(pb.GetCollectionRequest(name=collection))
-    answer = rpc.search.Search(pb.SearchRequest(collection=collection, text="a"))
+    answer = rpc.search.Search(pb.SearchRequest(collection=collection, text=text))
     assert (answer.generation, answer.space, answer.variant, answer.epoch) == (
         told.generation, told.space, told.variant, told.epoch,
     )  # fmt: skip

@@ -71,6 +71,11 @@ class Up:
         """What the service, and earlier ones on the same data directory, wrote to stderr."""
         return _stderr_of(self.data_dir)
 
+    def errors(self) -> list[str]:
+        """What its log calls an error."""
+        events = map(json.loads, (self.data_dir / "logs" / "ringfort.log").read_text().splitlines())
+        return [f"{e['message']} {e.get('error', '')}" for e in events if e["level"] == "error"]
+
     def stop(self, within_s: float = 30.0) -> int:
         """SIGTERM and wait; the exit code. AssertionError if it does not end in time; it is killed then."""
         self.process.terminate()

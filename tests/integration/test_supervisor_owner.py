@@ -1,7 +1,8 @@
-"""A whole owning process, as users run it: killed, interrupted, as root, as nobody, as both in turn."""
+"""A whole owning process, as users run it: killed, interrupted, as root, as another user, as both in turn."""
 
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -149,11 +150,14 @@ root_only = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv"
 )
 
+#: An account of every system that is neither root nor nobody.
+DAEMON_UID = pwd.getpwnam("daemon").pw_uid
+
 #: Not root, and no right of root's but to read: Python itself may lie in /root.
-AS_NOBODY = [
+AS_DAEMON = [
     "setpriv",
-    f"--reuid={NOBODY_UID}",
-    f"--regid={NOBODY_UID}",
+    f"--reuid={DAEMON_UID}",
+    f"--regid={DAEMON_UID}",
     "--clear-groups",
     "--inh-caps=-all,+dac_read_search",
     "--ambient-caps=+dac_read_search",
@@ -180,23 +184,23 @@ def test_root_runs_the_servers_as_nobody_below_a_directory_only_root_may_enter(
 def test_another_user_needs_no_root_and_root_may_follow(tmp_path: Path, own: Own) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
-    os.chown(shared, NOBODY_UID, NOBODY_UID)
-    owner = own(shared / "data", AS_NOBODY)
-    assert owner.uids == {NOBODY_UID}
+    os.chown(shared, DAEMON_UID, DAEMON_UID)
+    owner = own(shared / "data", AS_DAEMON)
+    assert owner.uids == {DAEMON_UID}
     owner.query("CREATE TABLE t AS SELECT 7 AS n")
     owner.stop()
     root = own(shared / "data")
-    assert root.uids == {NOBODY_UID}
+    assert root.uids == {DAEMON_UID}
     assert root.query("SELECT n FROM t") == [(7,)]
     root.stop()
 
 
 @root_only
 def test_another_user_is_told_what_is_closed_to_them(tmp_path: Path, own: Own) -> None:
-    assert own(tmp_path / "data", AS_NOBODY).said == {
+    assert own(tmp_path / "data", AS_DAEMON).said == {
         "error": f"{tmp_path}/data cannot be used as the data directory: permission denied"
     }
     DataDir.open(tmp_path / "roots", release="test").close()
-    assert own(tmp_path / "roots", AS_NOBODY).said == {
+    assert own(tmp_path / "roots", AS_DAEMON).said == {
         "error": f"{tmp_path}/roots cannot be used as the data directory: permission denied"
     }

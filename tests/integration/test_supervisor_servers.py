@@ -204,6 +204,22 @@ async def test_a_server_that_will_not_end_is_killed(
     assert house.supervisor.state() == {name: "stopped"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_cancelled_wait_for_a_slow_server_ends_it(
+    house: House, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PostgresServer, "grace_s", 0.2)
+    monkeypatch.setattr(ValkeyServer, "grace_s", 0.2)
+    start = asyncio.create_task(house.start(name))
+    await until(partial(there_is_one, house, name))
+    house.process(name).suspend()
+    assert await asyncio.wait({start}, timeout=0.3) == (set(), {start})
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert psutil.Process().children() == []
+
+
 async def there_is_one(house: House, name: str) -> bool:
     with contextlib.suppress(ValueError, psutil.Error):
         return house.process(name).is_running()
@@ -232,6 +248,9 @@ def test_a_start_cut_short_at_any_moment_leaves_nothing(
         outcomes = await asyncio.gather(*starts, return_exceptions=True)
         for outcome in outcomes:
             assert isinstance(outcome, str | (StartupError if how == "stop" else asyncio.CancelledError))
+        if how == "cancel":
+            started = [outcome for outcome in outcomes if isinstance(outcome, str)]
+            assert len(psutil.Process().children()) == len(started)
         await house.close()
 
     for after_ms in (0, 10, 40, 120, 300):

@@ -3,6 +3,8 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -59,12 +61,11 @@ class Killable:
 
     def start_and_kill(self, after_s: float) -> None:
         """A start that is killed so many seconds after its beginning, wherever it is then."""
-        command = ["services", "up", "--data-dir", str(self.data_dir), "--http", "127.0.0.1:0"]
-        process = psutil.Popen(
-            [psutil.Process().exe(), "-m", *command, "--grpc", self.grpc],
-            cwd=ROOT,
-            stderr=(self.data_dir.with_name("cut-short.stderr")).open("wb"),
-        )
+        command = [sys.executable, "-m", "services", "up", "--data-dir", str(self.data_dir)]
+        with self.data_dir.with_name("cut-short.stderr").open("ab") as stderr:
+            process = subprocess.Popen(
+                [*command, "--grpc", self.grpc, "--http", "127.0.0.1:0"], cwd=ROOT, stderr=stderr
+            )
         time.sleep(after_s)
         process.kill()
         process.wait()

@@ -27,6 +27,13 @@ def test_length_does_not_matter_under_cosine_however_extreme(factor: float) -> N
     )
 
 
+def test_a_vector_is_prepared_alike_whatever_comes_with_it() -> None:
+    vectors = np.vstack([normal(50, 3), np.zeros((1, 3)), normal(2, 3) * 1e-20]).astype(np.float32)
+    together = similarity.prepare(vectors, Metric.COSINE)
+    for row in range(len(vectors)):
+        assert (similarity.prepare(vectors[row : row + 1], Metric.COSINE)[0] == together[row]).all()
+
+
 @pytest.mark.parametrize("metric", [Metric.INNER_PRODUCT, Metric.L2])
 def test_other_metrics_keep_vectors_as_they_are(metric: Metric) -> None:
     vectors = normal(3, 4)

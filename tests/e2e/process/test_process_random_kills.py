@@ -1,0 +1,73 @@
+"""Any process killed at any moment, many times over: nothing acknowledged is lost, nothing deleted returns.
+
+KILLS says how many (20; `make long` 200), SEED repeats a sequence.
+"""
+
+import os
+import secrets
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+from command_line import all_gone, eventually
+from killable import Killable
+from ledger import Ledger
+
+KILLS = int(os.environ.get("KILLS", "20"))
+SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
+
+#: What is killed, and how often of a hundred times.
+VICTIMS = {"postgres": 35, "valkey": 15, "service": 25, "everything": 15, "start": 10}
+
+
+def kill(service: Killable, victim: str, rng: Random) -> None:
+    """Kills, and brings back what does not come back by itself."""
+    match victim:
+        case "postgres" | "valkey":
+            service.kill_server(victim)
+        case "service":
+            orphans = service.kill_service()
+            service.start()
+            assert all_gone(orphans)
+        case "everything":
+            service.kill_service()
+            service.kill_server("postgres")
+            service.kill_server("valkey")
+            service.start()
+        case "start":
+            orphans = service.kill_service()
+            service.start_and_kill(after_s=rng.uniform(0.2, 1.5))
+            service.start()
+            assert all_gone(orphans)
+
+
+@pytest.mark.timeout(60 + 10 * KILLS)
+def test_whatever_is_killed_nothing_acknowledged_is_lost(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print(f"\n[{KILLS} kills, SEED={SEED}]")
+    rng = Random(SEED)
+    victims = rng.choices(list(VICTIMS), list(VICTIMS.values()), k=KILLS)
+    with Killable(data_dir) as service, service.client() as client:
+        ledger = Ledger(client, Random(SEED))
+        ledger.start()
+        try:
+            for n, victim in enumerate(victims):
+                written = ledger.writes
+                time.sleep(rng.uniform(0, 0.4))
+                print(f"kill {n}: {victim} after {written} writes")
+                t0=time.monotonic()
+                kill(service, victim, rng)
+                t1=time.monotonic()
+                # One may have been under way; the second was begun after the kill.
+                written = ledger.writes
+                eventually(lambda: ledger.failure or ledger.writes >= written + 2, 60)  # noqa: B023
+                t2=time.monotonic()
+                ledger.compare()
+                print("   ", round(t1-t0,2), round(t2-t1,2), round(time.monotonic()-t2,2))
+        finally:
+            ledger.close()
+        ledger.compare()
+        service.stop()
