@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("--cluster is not in this release")
         return 2
 
+    # Else gRPC starts its threads anew in every child between fork and exec, and now and then crashes it.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # Here, for they take a second, in which signals have to be heard already.
     import uvloop
 

@@ -86,12 +86,9 @@ class Embedded:
         data_dir = DataDir.open(self._path, release=self._release)
         self._stack.callback(data_dir.close)
         log_to(data_dir.logs)
-        ended = await asyncio.to_thread(data_dir.end_orphans)
-        if ended:
-            log.warning("ended what an earlier run left behind: %s", ", ".join(ended))
-
         supervisor = Supervisor(data_dir)
         self._stack.push_async_callback(supervisor.stop)
+        await supervisor.end_orphans()
         store, redis_url, manifest = await self._foundations(supervisor, data_dir)
         telemetry = Telemetry()
         cache = await self._cache(redis_url)

@@ -78,6 +78,13 @@ class Supervisor:
         """The URL of our Valkey, which answers by then and holds at most so many bytes."""
         return await self._start(partial(ValkeyServer, maxmemory_bytes=maxmemory_bytes))
 
+    async def end_orphans(self) -> None:
+        """Ends what a previous owner of the directory left running; every start begins with it."""
+        async with self._ending_orphans:
+            orphans = await _to_its_end(asyncio.to_thread(self._data_dir.end_orphans))
+        for name in orphans:
+            logger.warning("ended %s, which a previous owner of %s left running", name, self._data_dir.path)
+
     def state(self) -> dict[str, str]:
         """Every server started so far: "running", "restarting" or "stopped"."""
         return dict(self._states)
@@ -113,10 +120,7 @@ class Supervisor:
             raise StartupError("stopped while starting") from None
 
     async def _bring_up(self, server: Server) -> str:
-        async with self._ending_orphans:
-            orphans = await _to_its_end(asyncio.to_thread(self._data_dir.end_orphans))
-        for name in orphans:
-            logger.warning("ended %s, which a previous owner of %s left running", name, self._data_dir.path)
+        await self.end_orphans()
         await self._set_up(server)
         for attempt in range(_START_TRIES):
             port = free_port(self._random)

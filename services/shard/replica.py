@@ -1,7 +1,8 @@
 """One replica of a shard: follows the log, answers searches, and can be thrown away at any time.
 
-Everything below runs on the event loop, except searches (the search threads) and file work (one thread of
-its own, or a child process). It follows the log from pushes (`offer`), hints (`wake`) and a slow poll.
+Everything below runs on the event loop, except searches (searches.py: the search threads) and files
+(file_work.py: a thread of its own, or a child process). It follows the log from pushes (`offer`), hints
+(`wake`) and a slow poll.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import heapq
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,12 @@ from typing import TypeVar
 import numpy as np
 
 from index_builder.segments import device as devices
-from index_builder.segments.merge import merge, merge_in_child
-from index_builder.segments.segment import Segment
 from services.deadline import Deadline
+from services.shard.file_work import FileWork
 from services.shard.filter_cache import FilterCache
 from services.shard.layout import Layout
-from services.shard.memtable import Memtable
 from services.shard.searches import Searches
 from services.shard.shelf import Recovered, Shelf
-from services.shard.state import Done, Event, Failed, FileState, Freeze, Froze, Looked, Rewrite, Seal
 from services.shard.views import Snapshot
 from shard_router.errors import DimensionMismatch, RingfortError, Unavailable
 from shard_router.filters import Filter
@@ -41,8 +39,6 @@ _SLICE_ROWS = 512
 #: Frozen memtables in memory, at most: when their files cannot be written, the replica falls behind.
 _FROZEN_MOST = 8
 _FILTER_CACHE_BYTES = 32 << 20
-#: Merges of so many rows are worth a process of their own.
-_CHILD_ROWS = 16_384
 #: Slowest retry of a log that cannot be read.
 _BACKOFF_MOST_S = 5.0
 
@@ -76,24 +72,17 @@ class Replica:
         self._threads, self._poll_s = search_threads, poll_ms / 1e3
         self._filters = FilterCache(_FILTER_CACHE_BYTES)
         self._searches = Searches(collection.metric, search_threads, self._filters)
-        self._files = FileState()
-        self._file_thread = ThreadPoolExecutor(1, "segments")
-        self._file_work: asyncio.Task[None] | None = None
-        #: Whether that is a child process, which may be ended at any time.
-        self._merging = False
+        self._files = FileWork(collection, layout, shelf)
         #: Everything of the log up to here is applied, each document at that state or a later one.
         self.position = 0
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = itertools.count()
         self._hint = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
-        self._closing = False
         self._written_at_s = time.monotonic()
         #: Why this replica cannot answer, once it cannot.
         self._down: str | None = None
-        self._counts = dict.fromkeys(
-            ("offers_applied", "offers_refused", "tail_reads", "seals", "rewrites", "file_failures"), 0
-        )
+        self._counts = dict.fromkeys(("offers_applied", "offers_refused", "tail_reads"), 0)
 
     @classmethod
     async def open(
@@ -127,6 +116,7 @@ class Replica:
         replica = cls(collection, shelf, layout, log_id, tail, search_threads, poll_ms, tail_rows)
         try:
             await replica._catch_up()
+            replica._require_up()
         except BaseException:
             await replica.close()
             raise
@@ -144,7 +134,7 @@ class Replica:
             self._down is None
             and delta.log_id == self._log_id
             and delta.after == self.position == self._layout.cursor
-            and len(self._files.frozen) < _FROZEN_MOST
+            and self._files.backlog < _FROZEN_MOST
         )
         if not fits:
             self._counts["offers_refused"] += 1
@@ -241,18 +231,13 @@ class Replica:
 
         Nothing needs to be saved: what lies in no segment is in the log.
         """
-        self._closing = True
         self._down = self._down or "the replica is closing"
         if self._following is not None:
             self._following.cancel()
             await asyncio.wait([self._following])
         self._release_waiters()
         await self._searches.close()
-        while self._file_work is not None:
-            if self._merging:
-                self._file_work.cancel()
-            await asyncio.wait([self._file_work])
-        self._file_thread.shutdown()
+        await self._files.close()
 
     def describe(self) -> dict[str, float]:
         """What ClusterService.Describe tells of a replica."""
@@ -269,7 +254,7 @@ class Replica:
         return {
             **self.describe(),
             **{f"{name}_total": count for name, count in self._counts.items()},
-            "frozen_memtables": len(self._files.frozen),
+            **self._files.stats(),
             "segment_bytes": sum(segment.size_bytes for segment in segments),
             "quarantined": self._shelf.quarantined,
             "down": float(self._down is not None),
@@ -298,8 +283,8 @@ class Replica:
             else:
                 await self._hint_or_poll()
             self._hint.clear()
-            self._look()
             try:
+                self._look()
                 await self._catch_up()
                 failures = 0
             except Exception as error:
@@ -318,7 +303,7 @@ class Replica:
     async def _catch_up(self) -> None:
         """Read and apply pages until the log's end is reached."""
         while self._down is None:
-            while len(self._files.frozen) >= _FROZEN_MOST:
+            while self._files.backlog >= _FROZEN_MOST:
                 self._look()
                 await asyncio.sleep(self._poll_s)
             delta = await self._tail(self._layout.cursor)
@@ -345,7 +330,10 @@ class Replica:
         self._written_at_s = time.monotonic()
         frozen = self._layout.apply(delta.rows[start:stop], delta.vectors[start:stop], upto)
         for number in frozen:
-            self._handle(Froze(number))
+            self._files.froze(number)
+
+    def _look(self) -> None:
+        self._files.look(time.monotonic() - self._written_at_s)
 
     def _advance(self) -> None:
         """The log is applied up to the cursor, for certain."""
@@ -380,91 +368,6 @@ class Replica:
         """Run a read of the present snapshot in a search thread."""
         snapshot = self._snapshot()
         return await asyncio.get_running_loop().run_in_executor(self._threads, read, snapshot)
-
-    # -- files
-
-    def _handle(self, event: Event) -> None:
-        """Tell the state machine, and begin what it says."""
-        instruction = self._files.handle(event, time.monotonic())
-        if isinstance(instruction, Freeze):
-            self._handle(Froze(self._layout.freeze()))
-        elif instruction is not None and not self._closing:
-            self._file_work = asyncio.create_task(self._carry_out(instruction), name=f"{instruction}")
-
-    def _look(self) -> None:
-        quiet_s = time.monotonic() - self._written_at_s
-        self._handle(Looked(self._layout.facts(), self._layout.open_rows, quiet_s))
-
-    async def _carry_out(self, instruction: Seal | Rewrite) -> None:
-        try:
-            match instruction:
-                case Seal(number):
-                    await self._seal(number)
-                case Rewrite(numbers):
-                    await self._rewrite(numbers)
-            event: Event = Done(self._layout.facts())
-        except Exception as error:
-            self._counts["file_failures"] += 1
-            log.error("%s of %s failed, will be tried again: %s", instruction, self._name, error,
-                      exc_info=not isinstance(error, OSError))  # fmt: skip
-            event = Failed()
-        finally:
-            self._file_work = None
-        self._handle(event)
-
-    async def _seal(self, number: int) -> None:
-        memtable = self._layout.part(number).body
-        assert isinstance(memtable, Memtable)
-        rows = self._layout.live_rows(number)
-        path = self._shelf.new_segment()
-        collection = self._collection
-
-        def write() -> Segment | None:
-            if not len(rows):
-                return None
-            return Segment.write(
-                path,
-                [memtable.rows[row] for row in rows.tolist()],
-                memtable.vectors[rows],
-                collection.metric,
-                collection.schema,
-                covers=(memtable.after, memtable.rows[-1].version.seq),
-            )
-
-        await self._swap({number: rows}, await self._in_file_thread(write))
-        self._counts["seals"] += 1
-
-    async def _rewrite(self, numbers: Sequence[int]) -> None:
-        parts = {number: self._layout.segments[number] for number in numbers}
-        picks = {number: self._layout.live_rows(number) for number in numbers}
-        path = self._shelf.new_segment()
-        sources = [(segment, picks[number]) for number, segment in parts.items()]
-        schema = self._collection.schema
-        if sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
-            self._merging = True
-            try:
-                segment = await merge_in_child(path, sources, schema)
-            finally:
-                self._merging = False
-        else:
-            segment = await self._in_file_thread(lambda: merge(path, sources, schema))
-        await self._swap(picks, segment)
-        await self._in_file_thread(lambda: self._shelf.drop([segment.name for segment in parts.values()]))
-        self._counts["rewrites"] += 1
-
-    async def _swap(self, picks: Mapping[int, np.ndarray], segment: Segment | None) -> None:
-        """Publish the segment of these rows, and only then search it in place of its sources."""
-        entries, position = self._layout.sealed(picks, segment)
-        try:
-            await self._in_file_thread(lambda: self._shelf.publish(position, entries))
-        except OSError:
-            if segment is not None:
-                await self._in_file_thread(lambda: self._shelf.drop([segment.name]))
-            raise
-        self._layout.replace(picks, segment)
-
-    async def _in_file_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._file_thread, work)
 
     @property
     def _name(self) -> str:

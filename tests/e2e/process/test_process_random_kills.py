@@ -18,7 +18,7 @@ KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 
 #: What is killed, and how often of a hundred times.
-VICTIMS = {"postgres": 35, "valkey": 15, "service": 25, "everything": 15, "start": 10}
+VICTIMS = {"postgres": 25, "valkey": 15, "service": 25, "everything": 15, "start": 20}
 
 
 def kill(service: Killable, victim: str, rng: Random) -> None:
@@ -58,15 +58,11 @@ def test_whatever_is_killed_nothing_acknowledged_is_lost(
                 written = ledger.writes
                 time.sleep(rng.uniform(0, 0.4))
                 print(f"kill {n}: {victim} after {written} writes")
-                t0=time.monotonic()
                 kill(service, victim, rng)
-                t1=time.monotonic()
                 # One may have been under way; the second was begun after the kill.
                 written = ledger.writes
                 eventually(lambda: ledger.failure or ledger.writes >= written + 2, 60)  # noqa: B023
-                t2=time.monotonic()
                 ledger.compare()
-                print("   ", round(t1-t0,2), round(t2-t1,2), round(time.monotonic()-t2,2))
         finally:
             ledger.close()
         ledger.compare()

@@ -350,7 +350,7 @@ async def test_a_page_read_before_a_push_does_not_undo_it(open_replica: Open, lo
 async def test_large_merges_run_in_a_child_and_closing_ends_it(
     open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.shard.replica._CHILD_ROWS", 1)
+    monkeypatch.setattr("services.shard.file_work._CHILD_ROWS", 1)
     replica = await open_replica()
     for i in range(65):
         replica.offer(log.write(vectors(f"d{i}")))
@@ -358,7 +358,7 @@ async def test_large_merges_run_in_a_child_and_closing_ends_it(
     assert replica.describe()["segments"] == 1
     assert {hit.id for hit in await nearest(replica, [1, 0, 0], k=100)} == set(log.live)
     replica.offer(log.write(deletes=tuple(f"d{i}" for i in range(60))))
-    await until(lambda: replica._merging)
+    await until(lambda: replica.stats()["merging"] == 1)
     await replica.close()
     again = await open_replica()
     assert {hit.id for hit in await nearest(again, [1, 0, 0], k=100)} == set(log.live)
@@ -377,6 +377,11 @@ async def test_opening_fails_where_the_log_cannot_be_read(open_replica: Open, lo
     log.failures = [StorageUnavailable("away")]
     with pytest.raises(StorageUnavailable):
         await open_replica()
+
+
+async def test_opening_fails_where_the_log_is_another_than_named(open_replica: Open) -> None:
+    with pytest.raises(Unavailable, match="it was another"):
+        await open_replica(log_id="another")
 
 
 async def test_a_replica_whose_log_was_exchanged_stops_answering(open_replica: Open, log: MemoryLog) -> None:
