@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Else gRPC starts its threads anew in every child between fork and exec, and now and then crashes it.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    # The service has threads of its own for every core; a second set inside numpy only gets in their way.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     # Here, for they take a second, in which signals have to be heard already.
     import uvloop
 
