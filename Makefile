@@ -48,7 +48,7 @@ test-models:  ## agreement with sentence-transformers and torch, in an environme
 	.venv-models/bin/python -m pytest -m models
 
 long: setup-dev  ## the kills in full; `make test` does a tenth of them
-	KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_kills.py
+	KILLS=$(or $(KILLS),200) $(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .

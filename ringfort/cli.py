@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         facts = _facts(error)
         return _tell(facts, as_json, INTERRUPTED if facts["code"] == "CANCELLED" else FAILED)
+    if code == INTERRUPTED:
+        # Typer has taken the KeyboardInterrupt already.
+        return _tell({"message": "interrupted"}, as_json, exit_code=INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class DataDir:
         self._children: dict[str, dict[str, float]] = {}
         #: Children of an owner that went without ending them, as found at open.
         self._orphans: dict[str, dict[str, float]] = self._read_children()
+        recorded = {int(child["pid"]) for child in self._orphans.values()}
+        self._orphans |= {
+            f"{process.name} {process.pid}": {"pid": process.pid, "created_s": process.created_s}
+            for process in _servers_in(path.resolve())
+            if process.pid not in recorded
+        }
 
     @classmethod
     def open(cls, path: Path, *, release: str, min_free_bytes: int = MIN_FREE_BYTES) -> "DataDir":
@@ -267,6 +274,29 @@ def _running(pid: int, created_s: float) -> psutil.Process | None:
     except psutil.Error:
         return None
     return process if same and _is_alive(process) else None
+
+
+@dataclass(frozen=True)
+class _Found:
+    name: str
+    pid: int
+    parent: int
+    created_s: float
+
+
+def _servers_in(path: Path) -> list[_Found]:
+    """Servers at work in the directory, told by their names and by where they are, without their children.
+
+    An owner may be killed after it has started one and before it could write that down.
+    """
+    homes = {"postgres": path / "postgres" / "cluster", "valkey-server": path / "valkey"}
+    found: dict[int, _Found] = {}
+    for process in psutil.process_iter(["name"]):
+        name = process.info["name"]
+        with contextlib.suppress(psutil.Error):
+            if name in homes and Path(process.cwd()) == homes[name]:
+                found[process.pid] = _Found(name, process.pid, process.ppid(), process.create_time())
+    return [server for server in found.values() if server.parent not in found]
 
 
 def wait_gone(processes: list[psutil.Process], seconds: float) -> None:

@@ -48,6 +48,9 @@ OPS = {
     pb.Compare.GT: filters.Op.GT,
     pb.Compare.GE: filters.Op.GE,
 }
+#: Squared and summed over the largest dimension, this still is a float32.
+MAX_MAGNITUDE = 1e16
+OUT_OF_BOUNDS = f"has a value that is not finite, or beyond {MAX_MAGNITUDE:g}"
 #: Filter messages nest at most this deep; the text form has a bound of its own.
 MAX_FILTER_DEPTH = 64
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -55,10 +58,11 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
 
 
-def array_from(matrix: pb.Matrix, field: str, *, dim: int | None = None, finite: bool = True) -> np.ndarray:
+def array_from(matrix: pb.Matrix, field: str, *, dim: int | None = None, check: bool = True) -> np.ndarray:
     """A Matrix as float32 [rows, dim]; InvalidField or DimensionMismatch where it is not one.
 
-    With `finite` (the default) a NaN or an infinity is InvalidField, too; without, the caller looks.
+    With `check` (the default) a value that is not finite or out of bounds is InvalidField, too; without,
+    the caller looks.
     """
     if dim is not None and matrix.dim != dim:
         raise DimensionMismatch(field, matrix.dim, dim)
@@ -79,15 +83,19 @@ def array_from(matrix: pb.Matrix, field: str, *, dim: int | None = None, finite:
         scales = np.frombuffer(matrix.scales, np.float32)[:, None]
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
             values = np.frombuffer(matrix.data, np.int8).reshape(shape) * scales
-    if not finite:
-        return values
-    # One pass without a temporary array: a sum is finite only if every term is, up to overflow.
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = not np.isfinite(values.sum(dtype=np.float64))
-    if suspicious and not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        raise InvalidField(field, f"row {row} has a value that is not finite at {column}")
+    if check and values.size:
+        # Two passes without a temporary array; a NaN comes through both and fits no bound.
+        low, high = values.min(), values.max()
+        if not (low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE):
+            row = int(np.argmin(rows_in_bounds(values)))
+            raise InvalidField(field, f"row {row} {OUT_OF_BOUNDS}")
     return values
+
+
+def rows_in_bounds(values: np.ndarray) -> np.ndarray:
+    """Which rows, bool [n], hold only finite values that can be compared without overflow."""
+    inside: np.ndarray = (np.abs(values) <= MAX_MAGNITUDE).all(axis=1)
+    return inside
 
 
 def matrix_from(vectors: np.ndarray, dtype: int = pb.F32) -> pb.Matrix:

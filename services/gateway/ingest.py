@@ -168,22 +168,22 @@ class Ingest:
         return _Checked(served, [document.id for document in request.documents], writes, request.wait)
 
     def _drafts(self, served: Served, request: pb.UpsertRequest) -> list[_Draft | RingfortError]:
-        matrix, finite = None, None
+        matrix, sound = None, None
         if request.HasField("vectors"):
-            matrix = wire.array_from(request.vectors, "vectors", dim=served.collection.dim, finite=False)
+            matrix = wire.array_from(request.vectors, "vectors", dim=served.collection.dim, check=False)
             if len(matrix) != len(request.documents):
                 raise InvalidField("vectors.rows", f"{len(matrix)} rows, {len(request.documents)} documents")
-            finite = np.isfinite(matrix).all(axis=1)
+            sound = wire.rows_in_bounds(matrix)
         drafts: list[_Draft | RingfortError] = []
         for i, document in enumerate(request.documents):
             field = f"documents[{i}]"
             try:
                 draft = self._draft(served, document, field, request.truncate)
-                if matrix is not None and finite is not None:
+                if matrix is not None and sound is not None:
                     if draft.vector is not None:
                         raise InvalidField(f"{field}.vector", "is given, and so is `vectors`")
-                    if not finite[i]:
-                        raise InvalidField(f"{field}.vector", "has a value that is not finite")
+                    if not sound[i]:
+                        raise InvalidField(f"{field}.vector", wire.OUT_OF_BOUNDS)
                     draft.vector = matrix[i]
                 self._require_vector_or_text(served, draft, field)
                 drafts.append(draft)

@@ -21,7 +21,7 @@ from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
 from services.ranker.ranker import Ranked, Ranker
-from shard_router.errors import InvalidField, NotFound
+from shard_router.errors import InvalidField, NotFound, NotImplementedHere
 from shard_router.filters import check
 from shard_router.model import Include, Metric
 
@@ -70,6 +70,9 @@ class Recommend:
         return made.body + _suffix(pb.INDEX, began, made.timings)
 
     def _check(self, served: Served, request: pb.RecommendRequest) -> None:
+        for name in ("user_features", "context_features"):
+            if getattr(request, name):
+                raise NotImplementedHere(f"ranking by {name}", name)
         if not request.like:
             raise InvalidField("like", "is empty: give at least one example")
         if len(request.like) + len(request.unlike) > self._limits.max_batch_rows:

@@ -35,6 +35,7 @@ INPUT_TYPES = {pb.QUERY: InputType.QUERY, pb.DOCUMENT: InputType.DOCUMENT}
 #: Requests of one EmbedStream under way at once; reading pauses beyond it.
 EMBED_STREAM_REQUESTS = 4
 MAX_DIM = 4_096
+INDEX_KINDS = ("auto", "flat", "hnsw", "ivf")
 MAX_SHARDS = 64
 MAX_REPLICAS = 64
 
@@ -185,7 +186,9 @@ class CollectionService:
                 raise InvalidField(f"attributes.{name}", f"{kind} is not an attribute type")
         if request.metric not in wire.METRICS:
             raise InvalidField("metric", f"{request.metric} is not a metric")
-        if request.index.kind not in ("", "auto", "flat"):
+        if request.index.kind not in ("", *INDEX_KINDS):
+            raise InvalidField("index.kind", f"{request.index.kind!r} is none of {', '.join(INDEX_KINDS)}")
+        if request.index.kind in ("hnsw", "ivf"):
             raise NotImplementedHere(f"index kind {request.index.kind!r}", "index.kind")
         model: str | None = None
         dim, space = request.dim, f"vectors:{request.dim}"

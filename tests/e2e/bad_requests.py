@@ -101,6 +101,9 @@ NUMBER, WORD = pb.Value(int=1), pb.Value(keyword="word")
 BAD: dict[str, Bad] = {
     # -- documents
     "wrong dimension": upsert(pb.Document(id="bad", vector=matrix([1, 2, 3])), "vector"),
+    "beyond what float32 can compare": upsert(
+        pb.Document(id="bad", vector=matrix([3e38, 3e38, 0, 0])), "vector"
+    ),
     "NaN": upsert(pb.Document(id="bad", vector=matrix([1, NAN, 3, 4])), "vector"),
     "infinity": upsert(pb.Document(id="bad", vector=matrix([1, INF, 3, 4])), "vector"),
     "F16 infinity": upsert(
@@ -312,6 +315,9 @@ BAD: dict[str, Bad] = {
     "an unknown ranker": recommend(NOT_FOUND, "rank.ranker", rank=Rank(ranker="no-such")),
     "an unknown feature": recommend(INVALID, "rank.features.colour", rank=Rank(features={"colour": 1})),
     "a feature that is a word": recommend(INVALID, "rank.features.name", rank=Rank(features={"name": 1})),
+    "features of a user": recommend(
+        UNIMPLEMENTED, "user_features", user_features={"age": pb.Value(int=3)}
+    ),
     "a NaN weight": recommend(INVALID, "rank.features.rank", rank=Rank(features={"rank": NAN})),
     "a weight without measure": recommend(INVALID, "rank.features.rank", rank=Rank(features={"rank": 1e300})),
     "lambda over 1": recommend(INVALID, "diversity.mmr_lambda", diversity=Diversity(mmr_lambda=1.1)),
@@ -353,6 +359,7 @@ BAD: dict[str, Bad] = {
     "too many slots": create(INVALID, "slots", slots=100_000),
     "too many shards": create(INVALID, "shards", shards=65),
     "too many replicas": create(INVALID, "replicas", replicas=2**32 - 1),
+    "an index of no kind": create(INVALID, "index.kind", index=pb.IndexSpec(kind="zzz")),
     "an index of another kind": create(UNIMPLEMENTED, "index.kind", index=pb.IndexSpec(kind="hnsw")),
     "get of no collection": Bad("collection.Get", pb.GetCollectionRequest(name="no-such"), NOT_FOUND, "name"),
     "delete of no collection": Bad(

@@ -3,11 +3,11 @@
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import environment, run
+from command_line import run
+from first_demo import FirstDemo
 from up import lend_model
 
 
@@ -33,21 +33,12 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
-@dataclass(frozen=True)
-class FirstDemo:
-    """How the first demo on an empty directory went."""
-
-    data_dir: Path
-    result: "subprocess.CompletedProcess[str]"
-    took_s: float
-
-
 @pytest.fixture(scope="session")
 def first_demo(tmp_path_factory: pytest.TempPathFactory) -> FirstDemo:
     """`ringfort demo --json` on a directory that is not there yet: database, model and all."""
     path = tmp_path_factory.mktemp("demo")
     began_s = time.monotonic()
-    result = run("demo", "--data-dir", "demo-data", "--json", cwd=path, env=environment(), timeout_s=170)
+    result = run("demo", "--data-dir", "demo-data", "--json", cwd=path, timeout_s=170)
     return FirstDemo(path / "demo-data", result, time.monotonic() - began_s)
 
 

@@ -190,3 +190,12 @@ def test_searches_are_answered_right_while_valkey_is_dead_or_hangs(service: Kill
             hanging.send_signal(signal.SIGCONT)
         assert answers(range(60)) == right
     service.stop()
+
+
+def test_a_server_that_the_killed_service_had_not_written_down_yet_is_ended_too(service: Killable) -> None:
+    orphans = service.kill_service()
+    # As a kill between the start of a server and the line about it leaves it.
+    (service.data_dir / "children.json").write_text("{}")
+    service.start()
+    assert all_gone(orphans)
+    service.stop()
