@@ -36,12 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The service has threads of its own for every core; a second set inside numpy only gets in their way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    try:
+        config = load(arguments.config, **_overrides(arguments))
+    except ConfigError as error:
+        return _failed(error)
     # Here, for they take a second, in which signals have to be heard already.
     import uvloop
 
     from index_builder.models.build import ModelInaccurate
     from index_builder.models.source import ModelMissing, ModelUnsupported
-    from services.config import ConfigError, load
     from services.data_dir import StartupError
     from services.embedded import Embedded
     from services.gateway.server import PortTaken
@@ -49,13 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from shard_router.errors import RingfortError
 
     try:
-        config = load(arguments.config, **_overrides(arguments))
         service = Embedded(config, arguments.data_dir, release=version("ringfort"), say=_say)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(service, as_json=arguments.json))
     except (
         # Whatever keeps a service from starting and is the operator's to mend.
-        StartupError, StartupRefused, PortTaken, ConfigError, ModelMissing, ModelUnsupported, ModelInaccurate,
+        StartupError, StartupRefused, PortTaken, ModelMissing, ModelUnsupported, ModelInaccurate,
         RingfortError, OSError,
     ) as error:  # fmt: skip
         _say(" ".join(str(error).split()))

@@ -1,5 +1,6 @@
 """A service whose processes are killed one by one, and which is started again where it was."""
 
+import contextlib
 import json
 import random
 import signal
@@ -48,16 +49,14 @@ class Killable:
         if self._up is not None:
             end(self._up.process)
         for process in self._seen:
-            if not all_gone([process]):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         eventually(lambda: all_gone(list(self._seen)), GONE_WITHIN_S)
 
-    def start(self) -> float:
-        """A service that is ready, and the seconds that took."""
-        began_s = time.monotonic()
+    def start(self) -> None:
+        """A service that is ready."""
         self._up = Up.start(self.data_dir, "--grpc", self.grpc)
         self._see_children()
-        return time.monotonic() - began_s
 
     def start_and_kill(self, after_s: float) -> None:
         """A start that is killed so many seconds after its beginning, wherever it is then."""
@@ -83,15 +82,7 @@ class Killable:
     def server(self, name: str) -> psutil.Process:
         """The process of `postgres` or `valkey`, once there is one that runs."""
 
-        def running() -> psutil.Process | None:
-            self._see_children()
-            try:
-                process = psutil.Process(self._pid(name))
-            except (psutil.NoSuchProcess, ValueError, OSError, KeyError):
-                return None
-            return None if all_gone([process]) else process
-
-        process = eventually(running, 60)
+        process = eventually(lambda: self._running(name), 60)
         assert process is not None
         return process
 
@@ -110,6 +101,15 @@ class Killable:
         eventually(lambda: all_gone([process]), GONE_WITHIN_S)
         return process
 
+    def _running(self, name: str) -> psutil.Process | None:
+        """The server's process; None where it is gone and perhaps a stranger has its number."""
+        try:
+            process = psutil.Process(self._pid(name))
+            ours = Path(process.cwd()).is_relative_to(self.data_dir.resolve())
+        except (psutil.Error, ValueError, OSError, KeyError):
+            return None
+        return process if ours else None
+
     def _pid(self, name: str) -> int:
         if name == "postgres":
             # As Postgres itself says it, whoever its parent is.
@@ -121,8 +121,4 @@ class Killable:
     def _see_children(self) -> None:
         if self._up is not None and self._up.process.poll() is None:
             self._seen.update(psutil.Process(self._up.pid).children(recursive=True))
-        for name in ("postgres", "valkey"):
-            try:
-                self._seen.add(psutil.Process(self._pid(name)))
-            except (psutil.NoSuchProcess, ValueError, OSError, KeyError):
-                pass
+        self._seen.update(filter(None, map(self._running, ("postgres", "valkey"))))

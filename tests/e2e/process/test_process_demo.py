@@ -16,7 +16,7 @@ from ringfort.demo import HITS, QUERIES
 
 #: What a person would expect among the answers.
 SENSIBLE = {
-    "fast json parser": {"jiter", "orjson", "ujson", "simplejson", "python-rapidjson", "pysimdjson", "jsonc-parser"},
+    "fast json parser": {"jiter", "orjson", "ujson", "simplejson", "pysimdjson", "jsonc-parser"},
     "async web framework": {"aiohttp", "sanic", "starlette", "fastapi", "blacksheep", "quart"},
     "plot charts in the terminal": {"plotext", "termplotlib", "termcharts", "plotille"},
     "scrape and parse html": {"beautifulsoup4", "parsel", "html-text", "requests-html", "scrapy", "lxml"},

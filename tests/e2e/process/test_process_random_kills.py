@@ -18,7 +18,7 @@ KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 
 #: What is killed, and how often of a hundred times.
-VICTIMS = {"postgres": 25, "valkey": 15, "service": 25, "everything": 15, "start": 20}
+VICTIMS = {"postgres": 25, "valkey": 25, "service": 20, "everything": 20, "start": 10}
 
 
 def kill(service: Killable, victim: str, rng: Random) -> None:
