@@ -104,7 +104,7 @@ class Service:
         return line
 
     def _last_words(self) -> str:
-        return self._told.read_text(errors="replace").strip()[-2000:] or "it said nothing"
+        return self._told.read_text(errors="replace").strip()[-500:] or "it said nothing"
 
     def _end(self) -> None:
         """Kill whatever still runs of it."""

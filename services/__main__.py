@@ -36,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The service has threads of its own for every core; a second set inside numpy only gets in their way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    from services.config import ConfigError, load
+
     try:
         config = load(arguments.config, **_overrides(arguments))
     except ConfigError as error:
         return _failed(error)
+
     # Here, for they take a second, in which signals have to be heard already.
     import uvloop
 
@@ -60,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         StartupError, StartupRefused, PortTaken, ModelMissing, ModelUnsupported, ModelInaccurate,
         RingfortError, OSError,
     ) as error:  # fmt: skip
-        _say(" ".join(str(error).split()))
-        return 1
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    _say(" ".join(str(error).split()))
+    return 1
 
 
 async def _serve(service: "Embedded", *, as_json: bool) -> int:

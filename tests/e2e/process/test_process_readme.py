@@ -23,12 +23,13 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A directory that looks like the checkout's root; what commands make in it stays there."""
-    for entry in ROOT.iterdir():
-        if not entry.name.startswith(".") and entry.name not in ("ringfort", "ringfort-data", "build"):
-            (tmp_path / entry.name).symlink_to(entry)
-    # Of the corpus a part will do: the whole of it is loaded by the demo.
     corpus = Path("ringfort", "data", "pypi-top.tsv")
     (tmp_path / corpus).parent.mkdir(parents=True)
+    for entry in (*ROOT.glob("[!.]*"), *(ROOT / "ringfort").iterdir()):
+        copy = tmp_path / entry.relative_to(ROOT)
+        if not copy.exists() and entry.name not in ("ringfort-data", "build"):
+            copy.symlink_to(entry)
+    # Of the corpus a part will do: the whole of it is loaded by the demo.
     with (ROOT / corpus).open(encoding="utf-8") as lines:
         (tmp_path / corpus).write_text("".join(islice(lines, 2_000)), encoding="utf-8")
     return tmp_path
