@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -154,4 +155,6 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
+    # As if by Ctrl-C, so that what was started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -42,6 +42,7 @@ class Service:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=told,
+                start_new_session=True,  # Ctrl-C is ours; we stop it
             )
         try:
             ready = json.loads(self._first_line(within_s))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import threading
 from collections.abc import Coroutine, Iterator
@@ -24,6 +25,10 @@ MODEL_DIRECTORY = Path(__file__).parent.parent / "build" / "test-model"
 
 #: Inherited by every process a test starts, however far down; the session-end check looks for it.
 MARK = f"TEST_SESSION_{uuid4().hex}"
+
+
+# A shell's background job is born deaf to Ctrl-C, and so would be everything that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,6 +67,20 @@ async def house(data_path: Path) -> AsyncIterator[House]:
     assert working_below(data_path) == []
 
 
+#: Children of the session's own when the test began: servers that other tests share.
+_before: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def _children_before() -> None:
+    _before.clear()
+    _before.update(psutil.Process().children())
+
+
+def new_children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child not in _before]
+
+
 def working_below(path: Path) -> list[psutil.Process]:
     """Every process whose working directory is below the path: servers and what they started."""
     found = []
@@ -200,7 +214,7 @@ async def test_a_server_that_will_not_end_is_killed(
     house.process(name).suspend()
     async with asyncio.timeout(10):
         await house.supervisor.stop()
-    assert psutil.Process().children() == []
+    assert new_children() == []
     assert house.supervisor.state() == {name: "stopped"}
 
 
@@ -217,7 +231,7 @@ async def test_a_cancelled_wait_for_a_slow_server_ends_it(
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
-    assert psutil.Process().children() == []
+    assert new_children() == []
 
 
 async def there_is_one(house: House, name: str) -> bool:
@@ -250,12 +264,12 @@ def test_a_start_cut_short_at_any_moment_leaves_nothing(
             assert isinstance(outcome, str | (StartupError if how == "stop" else asyncio.CancelledError))
         if how == "cancel":
             started = [outcome for outcome in outcomes if isinstance(outcome, str)]
-            assert len(psutil.Process().children()) == len(started)
+            assert len(new_children()) == len(started)
         await house.close()
 
     for after_ms in (0, 10, 40, 120, 300):
         runner.run(cut_short(tmp_path / "data", after_ms / 1000))
-        assert psutil.Process().children() == []
+        assert new_children() == []
         assert working_below(tmp_path) == []
 
     async def whole() -> None:
