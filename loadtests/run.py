@@ -228,16 +228,17 @@ def _require_all(failures: Sequence[object]) -> None:
 def settled(client: Client, collection: str) -> dict[str, int]:
     """Wait until the collection's segments have not changed for a while; what its shards are made of."""
     limit_s = time.monotonic() + _SETTLE_LIMIT_S
-    shape, since_s = _shape(client, collection), time.monotonic()
+    shape, since_s = shape_of(client, collection), time.monotonic()
     while (now_s := time.monotonic()) < min(limit_s, since_s + _SETTLED_S):
         time.sleep(0.1)
-        latest = _shape(client, collection)
+        latest = shape_of(client, collection)
         if latest != shape:
             shape, since_s = latest, now_s
     return shape
 
 
-def _shape(client: Client, collection: str) -> dict[str, int]:
+def shape_of(client: Client, collection: str) -> dict[str, int]:
+    """What the collection's shards are made of at this moment."""
     [status] = [each for each in client.cluster().collections if each.name == collection]
     return {
         "segments": sum(replica.segments for replica in status.replicas),

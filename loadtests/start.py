@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from loadtests.run import Run
+from loadtests.run import Run, shape_of
 from loadtests.scoreboard import Measured
 from loadtests.service import Service
 from loadtests.timing import median
@@ -20,6 +20,7 @@ def measure(run: Run) -> Iterator[Measured]:
     ready_s: list[float] = []
     bytes_each: list[float] = []
     residents: list[dict[str, int]] = []
+    shape: dict[str, int] = {}
     for _ in range(run.rounds):
         with run.start(empty) as service:
             _ask(run, service, None)
@@ -28,11 +29,13 @@ def measure(run: Run) -> Iterator[Measured]:
             ready_s.append(service.ready_s)
             found = _ask(run, service, library.collection)
             resident = service.resident()
+            with Client(service.grpc) as client:
+                shape = {"documents": found, **shape_of(client, library.collection)}
         if found != len(library.packages):
             raise RuntimeError(f"{found} documents after a restart, of {len(library.packages)}")
         residents.append({name: resident[name] - bare[name] for name in resident})
         bytes_each.append(residents[-1]["Pss"] / len(library.packages))
-    started = library.detail | {"seconds_by_round": ready_s}
+    started = shape | {"seconds_by_round": ready_s}
     yield Measured("start.ready_s", median(ready_s), started)
     if len(library.packages) >= _LARGE:
         yield Measured("start.ready_s.300k", median(ready_s), started)
@@ -44,7 +47,7 @@ def measure(run: Run) -> Iterator[Measured]:
         "anonymous": median(each["Pss_Anon"] for each in residents) / len(library.packages),
         "mapped_files": median(each["Pss_File"] for each in residents) / len(library.packages),
     }
-    yield Measured("memory.bytes_per_document", median(bytes_each), memory | library.detail)
+    yield Measured("memory.bytes_per_document", median(bytes_each), memory | shape)
 
 
 def _ask(run: Run, service: Service, collection: str | None) -> int:
