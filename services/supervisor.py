@@ -172,9 +172,7 @@ class Supervisor:
             await self._end(child)
             raise
         finally:
-            ready.cancel()
-            ended.cancel()
-            await asyncio.gather(ready, ended, return_exceptions=True)
+            await _cancelled(ready, ended)
 
     async def _watch(self, server: Server, port: int, child: Child) -> None:
         """Starts the server again whenever it ends, until cancelled."""
@@ -267,6 +265,20 @@ async def _until_it_answers(server: Server, port: int) -> None:
         await asyncio.sleep(pause_s)
         # Asked all through a long recovery, Postgres would log each refusal.
         pause_s = min(pause_s * 1.1, _MAX_POLL_S)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels the tasks until all have ended.
+
+    Once is not enough: asyncio.wait_for of Python 3.11, under the Redis client's sends, loses a cancellation
+    that comes as the send completes (https://github.com/python/cpython/issues/86296), and a task that asks
+    whether a server answers would ask for ever.
+    """
+    while running := [task for task in tasks if not task.done()]:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=_POLL_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _to_its_end(work: Awaitable[T]) -> T:

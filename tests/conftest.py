@@ -26,7 +26,8 @@ MODEL_DIRECTORY = Path(__file__).parent.parent / "build" / "test-model"
 #: Inherited by every process a test starts, however far down; the session-end check looks for it.
 MARK = f"TEST_SESSION_{uuid4().hex}"
 
-
+# Supervisors are tested in a process that has gRPC clients too, and gRPC would crash a child now and then.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 # A shell's background job is born deaf to Ctrl-C, and so would be everything that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -41,6 +41,8 @@ _FROZEN_MOST = 8
 _FILTER_CACHE_BYTES = 32 << 20
 #: Slowest retry of a log that cannot be read.
 _BACKOFF_MOST_S = 5.0
+#: How long a cancelled task has until it is cancelled again.
+_CANCEL_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +235,10 @@ class Replica:
         """
         self._down = self._down or "the replica is closing"
         if self._following is not None:
-            self._following.cancel()
-            await asyncio.wait([self._following])
+            while not self._following.done():
+                # Again and again: asyncio.wait_for of Python 3.11, under the connection pool, may lose one.
+                self._following.cancel()
+                await asyncio.wait([self._following], timeout=_CANCEL_AGAIN_S)
         self._release_waiters()
         await self._searches.close()
         await self._files.close()

@@ -280,6 +280,31 @@ def test_a_start_cut_short_at_any_moment_leaves_nothing(
     runner.run(whole())
 
 
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+async def test_a_library_that_loses_a_cancellation_keeps_no_start_from_ending(
+    house: House, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def answers_like_python_3_11(server: ValkeyServer, port: int) -> bool:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return False
+
+    monkeypatch.setattr(ValkeyServer, "answers", answers_like_python_3_11)
+    starting = asyncio.create_task(house.start("valkey"))
+    await asked.wait()
+    async with asyncio.timeout(30):
+        if how == "cancel":
+            starting.cancel()
+        else:
+            await house.supervisor.stop()
+        with pytest.raises(StartupError if how == "stop" else asyncio.CancelledError):
+            await starting
+    assert new_children() == []
+
+
 async def test_servers_are_out_of_reach_of_the_terminal_and_of_other_machines(house: House) -> None:
     urls = [await house.start(name) for name in NAMES]
     listening = set()
