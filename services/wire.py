@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from index_builder.segments.index_spec import Effort
 from protos.ringfort import v1 as pb
 from shard_router import filter_text, filters
 from shard_router.errors import DimensionMismatch, InvalidField, InvalidFilter
@@ -212,6 +213,20 @@ def version_on_wire(version: Version) -> pb.Version:
 def include_from(request: pb.Include, given: bool) -> Include:
     """Which parts to answer with: attributes and text where the request does not say."""
     return Include(request.attributes, request.text, request.vector) if given else Include()
+
+
+def effort_from(
+    request: pb.SearchRequest | pb.BatchSearchRequest | pb.RecommendRequest.Retrieve, prefix: str = ""
+) -> Effort:
+    """How hard to look. InvalidField for what is no share, and for both `effort` and `recall`."""
+    share = request.effort if request.HasField("effort") else None
+    recall = request.recall if request.HasField("recall") else None
+    for name, value in (("effort", share), ("recall", recall)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise InvalidField(f"{prefix}{name}", f"{value} is not between 0 and 1")
+    if share is not None and recall is not None:
+        raise InvalidField(f"{prefix}recall", "is given beside effort: give one of them")
+    return Effort(share, recall)
 
 
 def filter_from(message: pb.Filter, field: str = "filter", depth: int = 0) -> filters.Filter | None:

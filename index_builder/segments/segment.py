@@ -22,6 +22,7 @@ import numpy as np
 
 from index_builder.segments import files, frame, similarity
 from index_builder.segments.files import FileRecord
+from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from index_builder.segments.quantized import QuantizedIndex, candidates_for
 from shard_router.columns import Columns
 from shard_router.errors import SegmentCorrupt
@@ -35,6 +36,8 @@ _ALIGN_BYTES = 64
 _SCAN_SHARE = 1 / 50
 #: Candidates scored exactly, as a multiple of k, where the caller names no other.
 REFINE = 1.5
+#: An effort of 0 to 1 scores this many times k candidates exactly.
+_REFINE_LEAST, _REFINE_MOST = 1.0, 4.0
 
 
 class _ArrayPlace(msgspec.Struct, frozen=True):
@@ -160,16 +163,19 @@ class Segment:
         *,
         allowed: np.ndarray | None,
         exact: bool,
-        refine: float = REFINE,
+        effort: Effort = DEFAULT_EFFORT,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k allowed rows of each query; k of them whenever so many are allowed.
 
         queries: float32 [q, dim], prepared; allowed: bool [rows] (live and passing the filter), None
-        for all; refine: candidates scored exactly, as a multiple of k. Returns scores float32 [q, k],
+        for all. Returns scores float32 [q, k],
         best first, -inf where there are no more, and rows int64 [q, k], -1 there. Scores are exact on
         every path; without `exact` a true neighbour may be missed among those the codes rank too low.
         """
         usable = self.rows if allowed is None else int(np.count_nonzero(allowed))
+        refine = (
+            REFINE if effort.share is None else _REFINE_LEAST + effort.share * (_REFINE_MOST - _REFINE_LEAST)
+        )
         wanted = candidates_for(k, refine)
         if exact or self._index is None or usable <= max(wanted, int(self.rows * _SCAN_SHARE)):
             return similarity.scan(queries, self.vectors, allowed, k, self.metric)

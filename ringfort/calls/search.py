@@ -26,6 +26,7 @@ def search(
     filter: str | pb.Filter | None = None,
     mode: str = "DENSE",
     effort: float | None = None,
+    recall: float | None = None,
     exact: bool = False,
     include: Iterable[str] | None = None,
     read_after: WriteToken | None = None,
@@ -35,9 +36,10 @@ def search(
 ) -> Call[pb.SearchResponse, SearchResult]:
     """The k best documents for a text, a vector (float32 [dim]) or a stored document, best first.
 
-    `filter` is text (`downloads_rank < 500`) or a message; `effort` trades time for recall from 0 to 1,
-    `exact` compares with every document; `read_after` waits for that write; `min_coverage` refuses an
-    answer from fewer shards; `max_staleness_ms` allows a cached answer that old, `cache=False` none.
+    `filter` is text (`downloads_rank < 500`) or a message; `effort` trades time for recall from 0 to 1, or
+    `recall` names the share of the true nearest to expect; `exact` compares with every document;
+    `read_after` waits for that write; `min_coverage` refuses an answer from fewer shards;
+    `max_staleness_ms` allows a cached answer that old, `cache=False` none.
     """
     if sum(query is not None for query in (text, vector, id)) != 1:
         raise InvalidArgument("query: exactly one of text, vector and id is needed", field="query")
@@ -47,6 +49,7 @@ def search(
         k=_k(k),
         filter=wire.to_filter(filter),
         effort=effort,
+        recall=recall,
         exact=exact,
         include=wire.to_include(include),
         read_after=wire.to_token(read_after),
@@ -72,6 +75,7 @@ def batch_search(
     filter: str | pb.Filter | None = None,
     mode: str = "DENSE",
     effort: float | None = None,
+    recall: float | None = None,
     exact: bool = False,
     read_after: WriteToken | None = None,
     min_coverage: float = 0.0,
@@ -92,6 +96,7 @@ def batch_search(
         k=_k(k),
         filter=wire.to_filter(filter),
         effort=effort,
+        recall=recall,
         exact=exact,
         read_after=wire.to_token(read_after),
         min_coverage=min_coverage,
@@ -111,6 +116,7 @@ def recommend(
     filter: str | pb.Filter | None = None,
     candidates: int | None = None,
     effort: float | None = None,
+    recall: float | None = None,
     rank: Mapping[str, float] | None = None,
     ranker: str = "",
     mmr_lambda: float | None = None,
@@ -138,7 +144,9 @@ def recommend(
         exclude=_several(exclude, "exclude"),
         user_features=wire.to_values(user_features or {}, "user_features"),
         context_features=wire.to_values(context_features or {}, "context_features"),
-        retrieve=pb.RecommendRequest.Retrieve(k=candidates, filter=wire.to_filter(filter), effort=effort),
+        retrieve=pb.RecommendRequest.Retrieve(
+            k=candidates, filter=wire.to_filter(filter), effort=effort, recall=recall
+        ),
         rank=pb.RecommendRequest.Rank(ranker=ranker, features=rank),
         diversity=pb.RecommendRequest.Diversity(
             mmr_lambda=mmr_lambda, group_by=group_by, per_group=per_group

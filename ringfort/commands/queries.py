@@ -17,6 +17,10 @@ def search(
     k: K = 10,
     mode: Annotated[Mode, typer.Option(case_sensitive=False, help="How to look for it.")] = Mode.DENSE,
     filter: Filter = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="SHARE", help="The share of the true nearest to expect."),
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every document.")] = False,
     max_staleness_ms: Annotated[
         int | None, typer.Option(metavar="MS", help="Accept a cached answer this old.")
@@ -36,6 +40,7 @@ def search(
         k=k,
         mode=mode,
         filter=filter,
+        recall=recall,
         exact=exact,
         max_staleness_ms=max_staleness_ms,
         cache=cache,

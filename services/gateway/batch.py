@@ -55,7 +55,7 @@ class BatchRetrieval:
         served = self._catalog.resolve(tenant, request.collection)
         k = self._retrieval.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         check_mode(request.mode)
-        check_share(request.effort, "effort")
+        wire.effort_from(request)
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
         queries = self._queries(served, request)
@@ -100,9 +100,10 @@ class BatchRetrieval:
         return queries
 
     def _names(self, served: Served, request: pb.BatchSearchRequest, queries: Queries, k: int) -> list[bytes]:
+        effort = wire.effort_from(request)
         options = msgspec.msgpack.encode(
             (
-                "batch", k, request.exact, request.HasField("effort"), request.effort,
+                "batch", k, request.exact, effort.share, effort.recall,
                 request.filter.SerializeToString(), self._variant,
             )
         )  # fmt: skip
@@ -134,7 +135,7 @@ class BatchRetrieval:
             served, queries, k,
             filter=filter,
             exact=request.exact,
-            effort=request.effort if request.HasField("effort") else None,
+            effort=wire.effort_from(request),
             include=IDS_ONLY,
             min_coverage=request.min_coverage,
             deadline=deadline,

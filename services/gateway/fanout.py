@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from index_builder.segments.index_spec import Effort
 from services.deadline import Deadline
 from services.gateway.catalog import Served
 from services.shard.replica import ShardAnswer
@@ -55,7 +56,7 @@ class FanOut:
         *,
         filter: Filter | None,
         exact: bool,
-        effort: float | None,
+        effort: Effort,
         include: Include,
         min_coverage: float,
         deadline: Deadline,

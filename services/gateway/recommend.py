@@ -85,7 +85,7 @@ class Recommend:
         self._retrieval.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         if request.retrieve.HasField("k"):
             self._retrieval.check_k(request.retrieve.k, "retrieve.k")
-        check_share(request.retrieve.effort, "retrieve.effort")
+        wire.effort_from(request.retrieve, "retrieve.")
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
         if request.rank.ranker not in ("", self._ranker.name, self._ranker.version):
@@ -152,7 +152,7 @@ class Recommend:
             min(max(wanted, k), self._limits.max_k),
             filter=filter,
             exact=False,
-            effort=retrieve.effort if retrieve.HasField("effort") else None,
+            effort=wire.effort_from(retrieve, "retrieve."),
             include=Include(
                 attributes=True,
                 text=not request.HasField("include") or request.include.text,

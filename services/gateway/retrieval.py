@@ -57,7 +57,7 @@ class Retrieval:
         k = self.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         check_mode(request.mode)
         query = _query_bytes(request)
-        check_share(request.effort, "effort")
+        effort = wire.effort_from(request)
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
         at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
@@ -66,7 +66,7 @@ class Retrieval:
             return made.body + _suffix(pb.INDEX, began, made.timings)
         options = msgspec.msgpack.encode(
             (
-                "search", k, request.exact, request.HasField("effort"), request.effort,
+                "search", k, request.exact, effort.share, effort.recall,
                 request.filter.SerializeToString(), request.HasField("include"),
                 request.include.SerializeToString(), self._embeddings.manifest.variant,
             )
@@ -175,7 +175,7 @@ class Retrieval:
             served, queries, k,
             filter=filter,
             exact=request.exact,
-            effort=request.effort if request.HasField("effort") else None,
+            effort=wire.effort_from(request),
             include=wire.include_from(request.include, request.HasField("include")),
             min_coverage=request.min_coverage,
             deadline=deadline,
@@ -201,7 +201,7 @@ def check_mode(mode: "pb.Mode.ValueType") -> None:
 
 
 def check_share(share: float, field: str) -> None:
-    """Effort and coverage are shares."""
+    """Coverage is a share."""
     if not 0.0 <= share <= 1.0:
         raise InvalidField(field, f"{share} is not between 0 and 1")
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from index_builder.segments import device as devices
+from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.filter_cache import FilterCache
@@ -179,7 +180,7 @@ class Replica:
         *,
         filter: Filter | None,
         exact: bool = False,
-        effort: float | None = None,
+        effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
         deadline: Deadline,
@@ -187,8 +188,8 @@ class Replica:
         """The best k live documents for each query that pass the filter, never one of `exclude`.
 
         queries: float32 [n, dim], any length; a larger score is better, L2 is minus the squared
-        distance, and a zero vector scores 0 under cosine. filter: checked against the schema. effort:
-        0 (fastest) to 1. DimensionMismatch, Overloaded, DeadlineExceeded, Unavailable.
+        distance, and a zero vector scores 0 under cosine. filter: checked against the schema.
+        DimensionMismatch, Overloaded, DeadlineExceeded, Unavailable.
         """
         began = time.perf_counter()
         self._require_up()

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 
 from index_builder.segments import similarity
-from index_builder.segments.segment import REFINE
+from index_builder.segments.index_spec import Effort
 from services.deadline import Deadline
 from services.shard.filter_cache import FilterCache
 from services.shard.search_queue import Piece, SearchQueue
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 _QUEUE_ROWS = 8192
 #: Smallest number of neighbours looked for; above it powers of two, so that like calls share a scan.
 _LEAST_K = 10
-#: `effort` 0 to 1 scores this many times k candidates exactly.
-_REFINE_LEAST, _REFINE_MOST = 1.0, 4.0
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +39,7 @@ class _Search:
     wanted: int
     filter: Filter | None
     exact: bool
-    refine: float
+    effort: Effort
     include: Include
     exclude: frozenset[str]
     deadline: Deadline
@@ -80,7 +78,7 @@ class Searches:
         *,
         filter: Filter | None,
         exact: bool,
-        effort: float | None,
+        effort: Effort,
         include: Include,
         exclude: frozenset[str],
         deadline: Deadline,
@@ -94,14 +92,13 @@ class Searches:
             raise Unavailable("the replica is closing")
         wanted = k + len(exclude)
         wanted = _LEAST_K if wanted <= _LEAST_K else 1 << (wanted - 1).bit_length()
-        refine = REFINE if effort is None else _REFINE_LEAST + effort * (_REFINE_MOST - _REFINE_LEAST)
         search = _Search(
-            queries, k, wanted, filter, exact, refine, include, exclude, deadline, snapshot,
+            queries, k, wanted, filter, exact, effort, include, exclude, deadline, snapshot,
             self._loop.create_future(), [[]] * len(queries), len(queries),
         )  # fmt: skip
         if not search.missing:
             return []
-        key = (None if filter is None else filters.digest(filter), exact, refine, wanted)
+        key = (None if filter is None else filters.digest(filter), exact, effort, wanted)
         with self._lock:
             self._queue.put(key, search, len(queries))
             if self._jobs < self._most_jobs:
@@ -170,7 +167,7 @@ class Searches:
                 first.wanted,
                 filter=first.filter,
                 exact=first.exact,
-                refine=first.refine,
+                effort=first.effort,
                 cache=self._cache,
             )
         hits: list[list[Hit]] = []

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from index_builder.segments.index_spec import Effort
 from index_builder.segments.segment import Segment
 from services.shard.filter_cache import FilterCache
 from services.shard.memtable import BLOCK_ROWS, Memtable
@@ -35,7 +36,7 @@ class View(Protocol):
         """Which rows' attributes pass a checked filter, bool [rows]; not to be changed."""
 
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, refine: float
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k allowed rows of each query: scores float32 [q, k], rows int64 [q, k] (-1 pads)."""
 
@@ -70,10 +71,10 @@ class SegmentView:
         return cache.get((self.number, -1, digest), partial(filters.evaluate, filter, self._segment.columns))
 
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, refine: float
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
         """As View says."""
-        return self._segment.search(queries, k, allowed=allowed, exact=exact, refine=refine)
+        return self._segment.search(queries, k, allowed=allowed, exact=exact, effort=effort)
 
 
 class MemtableView:
@@ -95,7 +96,7 @@ class MemtableView:
         return np.concatenate(answers)[: self.rows] if answers else np.zeros(0, np.bool_)
 
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, refine: float
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
         """As View says; always exact."""
         return self._memtable.search(queries, k, self.rows, allowed)
@@ -162,16 +163,16 @@ class Snapshot:
         *,
         filter: Filter | None,
         exact: bool,
-        refine: float,
+        effort: Effort,
         cache: FilterCache,
     ) -> list[list[Found]]:
         """The best k live documents of each query that pass the filter; ties in ascending order of id.
 
-        queries: float32 [q, dim], prepared; refine: candidates scored exactly, as a multiple of k. Of
-        more than 8 documents with one score at the cut, any may be left out.
+        queries: float32 [q, dim], prepared. Of more than 8 documents with one score at the cut, any may be
+        left out.
         """
         parts = [
-            (view, *view.search(queries, k + _TIES, allowed, exact, refine))
+            (view, *view.search(queries, k + _TIES, allowed, exact, effort))
             for view, allowed in self.allowed(filter, cache)
         ]
         if not parts:

@@ -272,6 +272,14 @@ BAD: dict[str, Bad] = {
     "effort over 1": search(INVALID, "effort", effort=1.5),
     "effort below 0": search(INVALID, "effort", effort=-0.1),
     "effort NaN": search(INVALID, "effort", effort=NAN),
+    "recall over 1": search(INVALID, "recall", recall=1.01),
+    "recall below 0": search(INVALID, "recall", recall=-0.1),
+    "recall NaN": search(INVALID, "recall", recall=NAN),
+    "recall beside effort": search(INVALID, "recall", recall=0.9, effort=0.5),
+    "recall of a batch over 1": batch(INVALID, "recall", vectors=matrix([1, 0, 0, 0]), recall=2.0),
+    "recall of candidates over 1": recommend(
+        INVALID, "retrieve.recall", retrieve=pb.RecommendRequest.Retrieve(recall=1.5)
+    ),
     "coverage over 1": search(INVALID, "min_coverage", min_coverage=1.5),
     "coverage NaN": search(INVALID, "min_coverage", min_coverage=NAN),
     "unknown cache control": search(INVALID, "cache", cache=7),

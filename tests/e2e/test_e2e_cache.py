@@ -46,6 +46,7 @@ def test_another_question_has_another_answer(client: Client, filled: str) -> Non
     for options in (
         {"text": TEXT + "!"}, {"k": 3}, {"filter": "rank < 2"}, {"include": ["vector"]}, {"exact": True},
         {"effort": 1.0},
+        {"recall": 0.9},
     ):  # fmt: skip
         assert client.search(filled, **{"text": TEXT, **options}).served_from == "INDEX", options
 

@@ -72,6 +72,7 @@ class SearchRequest(_message.Message):
     MIN_COVERAGE_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_MS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     text: _builtins.str
     id: _builtins.str
@@ -80,13 +81,17 @@ class SearchRequest(_message.Message):
     k: _builtins.int
     """1 to the limit; unset means 10."""
     effort: _builtins.float
-    """0 (fastest) to 1 (most exact)."""
+    """0 (fastest) to 1 (most exact); not beside `recall`."""
     exact: _builtins.bool
     min_coverage: _builtins.float
     """Fail (UNAVAILABLE) rather than answer from a smaller share of the shards than this."""
     max_staleness_ms: _builtins.int
     """How old an answer may be; unset means the collection's own."""
     cache: Global___CacheControl.ValueType
+    recall: _builtins.float
+    """The share of the true nearest to expect, 0 to 1, in place of `effort`: the least work that was
+    measured to reach it is done.
+    """
     @_builtins.property
     def vector(self) -> _common_pb2.Matrix: ...
     @_builtins.property
@@ -114,10 +119,11 @@ class SearchRequest(_message.Message):
         min_coverage: _builtins.float = ...,
         max_staleness_ms: _builtins.int | None = ...,
         cache: Global___CacheControl.ValueType = ...,
+        recall: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "effort", b"effort", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "query", b"query", "read_after", b"read_after", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "effort", b"effort", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "query", b"query", "read_after", b"read_after", "recall", b"recall", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "query", b"query", "read_after", b"read_after", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "query", b"query", "read_after", b"read_after", "recall", b"recall", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effort: _TypeAlias = _typing.Literal["effort"]  # noqa: Y015
     _WhichOneofArgType__effort: _TypeAlias = _typing.Literal["_effort", b"_effort"]  # noqa: Y015
@@ -125,6 +131,8 @@ class SearchRequest(_message.Message):
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
     _WhichOneofReturnType__max_staleness_ms: _TypeAlias = _typing.Literal["max_staleness_ms"]  # noqa: Y015
     _WhichOneofArgType__max_staleness_ms: _TypeAlias = _typing.Literal["_max_staleness_ms", b"_max_staleness_ms"]  # noqa: Y015
+    _WhichOneofReturnType__recall: _TypeAlias = _typing.Literal["recall"]  # noqa: Y015
+    _WhichOneofArgType__recall: _TypeAlias = _typing.Literal["_recall", b"_recall"]  # noqa: Y015
     _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["text", "vector", "id"]  # noqa: Y015
     _WhichOneofArgType_query: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
     @_typing.overload
@@ -133,6 +141,8 @@ class SearchRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness_ms) -> _WhichOneofReturnType__max_staleness_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall) -> _WhichOneofReturnType__recall | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_query) -> _WhichOneofReturnType_query | None: ...
 
@@ -304,6 +314,7 @@ class BatchSearchRequest(_message.Message):
     MIN_COVERAGE_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_MS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     mode: Global___Mode.ValueType
     k: _builtins.int
@@ -312,6 +323,7 @@ class BatchSearchRequest(_message.Message):
     min_coverage: _builtins.float
     max_staleness_ms: _builtins.int
     cache: Global___CacheControl.ValueType
+    recall: _builtins.float
     @_builtins.property
     def vectors(self) -> _common_pb2.Matrix: ...
     @_builtins.property
@@ -335,10 +347,11 @@ class BatchSearchRequest(_message.Message):
         min_coverage: _builtins.float = ...,
         max_staleness_ms: _builtins.int | None = ...,
         cache: Global___CacheControl.ValueType = ...,
+        recall: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "effort", b"effort", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "queries", b"queries", "read_after", b"read_after", "texts", b"texts", "vectors", b"vectors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "effort", b"effort", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "queries", b"queries", "read_after", b"read_after", "recall", b"recall", "texts", b"texts", "vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "queries", b"queries", "read_after", b"read_after", "texts", b"texts", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "queries", b"queries", "read_after", b"read_after", "recall", b"recall", "texts", b"texts", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effort: _TypeAlias = _typing.Literal["effort"]  # noqa: Y015
     _WhichOneofArgType__effort: _TypeAlias = _typing.Literal["_effort", b"_effort"]  # noqa: Y015
@@ -346,6 +359,8 @@ class BatchSearchRequest(_message.Message):
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
     _WhichOneofReturnType__max_staleness_ms: _TypeAlias = _typing.Literal["max_staleness_ms"]  # noqa: Y015
     _WhichOneofArgType__max_staleness_ms: _TypeAlias = _typing.Literal["_max_staleness_ms", b"_max_staleness_ms"]  # noqa: Y015
+    _WhichOneofReturnType__recall: _TypeAlias = _typing.Literal["recall"]  # noqa: Y015
+    _WhichOneofArgType__recall: _TypeAlias = _typing.Literal["_recall", b"_recall"]  # noqa: Y015
     _WhichOneofReturnType_queries: _TypeAlias = _typing.Literal["vectors", "texts"]  # noqa: Y015
     _WhichOneofArgType_queries: _TypeAlias = _typing.Literal["queries", b"queries"]  # noqa: Y015
     @_typing.overload
@@ -354,6 +369,8 @@ class BatchSearchRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness_ms) -> _WhichOneofReturnType__max_staleness_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall) -> _WhichOneofReturnType__recall | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_queries) -> _WhichOneofReturnType_queries | None: ...
 
@@ -464,9 +481,11 @@ class RecommendRequest(_message.Message):
         K_FIELD_NUMBER: _builtins.int
         FILTER_FIELD_NUMBER: _builtins.int
         EFFORT_FIELD_NUMBER: _builtins.int
+        RECALL_FIELD_NUMBER: _builtins.int
         k: _builtins.int
         """Candidates to fetch; unset means 100, and at least the answer's k."""
         effort: _builtins.float
+        recall: _builtins.float
         @_builtins.property
         def filter(self) -> _common_pb2.Filter: ...
         def __init__(
@@ -475,19 +494,24 @@ class RecommendRequest(_message.Message):
             k: _builtins.int | None = ...,
             filter: _common_pb2.Filter | None = ...,
             effort: _builtins.float | None = ...,
+            recall: _builtins.float | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "effort", b"effort", "filter", b"filter", "k", b"k"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_recall", b"_recall", "effort", b"effort", "filter", b"filter", "k", b"k", "recall", b"recall"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "effort", b"effort", "filter", b"filter", "k", b"k"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_recall", b"_recall", "effort", b"effort", "filter", b"filter", "k", b"k", "recall", b"recall"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__effort: _TypeAlias = _typing.Literal["effort"]  # noqa: Y015
         _WhichOneofArgType__effort: _TypeAlias = _typing.Literal["_effort", b"_effort"]  # noqa: Y015
         _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
         _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015
+        _WhichOneofReturnType__recall: _TypeAlias = _typing.Literal["recall"]  # noqa: Y015
+        _WhichOneofArgType__recall: _TypeAlias = _typing.Literal["_recall", b"_recall"]  # noqa: Y015
         @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__effort) -> _WhichOneofReturnType__effort | None: ...
         @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__k) -> _WhichOneofReturnType__k | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__recall) -> _WhichOneofReturnType__recall | None: ...
 
     @_typing.final
     class Rank(_message.Message):

@@ -143,6 +143,17 @@ def test_what_was_not_asked_is_left_to_the_service() -> None:
     assert not request.HasField("include")
     assert not request.HasField("max_staleness_ms")
     assert not request.HasField("effort")
+    assert not request.HasField("recall")
+
+
+def test_a_recall_to_reach_is_asked_for_in_every_kind_of_search() -> None:
+    one = search.search("c", id="ray", recall=0.75).request
+    many = search.batch_search("c", texts=["t"], recall=0.75).request
+    staged = search.recommend("c", like=["ray"], recall=0.75).request
+    assert isinstance(one, pb.SearchRequest)
+    assert isinstance(many, pb.BatchSearchRequest)
+    assert isinstance(staged, pb.RecommendRequest)
+    assert (one.recall, many.recall, staged.retrieve.recall) == (0.75, 0.75, 0.75)
 
 
 def test_an_empty_include_asks_for_ids_alone() -> None:
