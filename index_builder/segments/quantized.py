@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 
 from index_builder.segments import similarity
+from index_builder.segments.row_set import RowSet
 from shard_router.model import Metric
 
 # The constructors that FAISS gives these at run time take arrays and keywords, which its stubs do not say.
@@ -74,10 +75,10 @@ class QuantizedIndex:
         """Rows and dimension."""
         return int(self._index.ntotal), int(self._index.d)
 
-    def candidates(self, queries: np.ndarray, count: int, allowed: np.ndarray | None) -> np.ndarray:
+    def candidates(self, queries: np.ndarray, count: int, allowed: RowSet | None) -> np.ndarray:
         """Rows worth scoring exactly for each query, int64 [q, count], -1 where there are no more.
 
-        queries: float32 [q, dim]; allowed: bool [rows], None for all.
+        queries: float32 [q, dim]; allowed: None for all.
         """
         if self._metric is not Metric.L2:
             # Some of FAISS's kernels cut a query's fractions off, so it has none.
@@ -86,7 +87,7 @@ class QuantizedIndex:
             _, rows = self._index.search(queries, count)
         else:
             # The selector reads the bytes it was given, so they live until the search is over.
-            bitmap = np.packbits(allowed, bitorder="little")
+            bitmap = allowed.bitmap()
             parameters = _SearchParameters(sel=_Selector(bitmap))
             _, rows = self._index.search(queries, count, params=parameters)
         found: np.ndarray = rows

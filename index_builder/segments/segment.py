@@ -24,6 +24,7 @@ from index_builder.segments import files, frame, similarity
 from index_builder.segments.files import FileRecord
 from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from index_builder.segments.quantized import QuantizedIndex, candidates_for
+from index_builder.segments.row_set import RowSet
 from shard_router.columns import Columns
 from shard_router.errors import SegmentCorrupt
 from shard_router.model import LogRow, Metric, Schema, Version
@@ -161,18 +162,18 @@ class Segment:
         queries: np.ndarray,
         k: int,
         *,
-        allowed: np.ndarray | None,
+        allowed: RowSet | None,
         exact: bool,
         effort: Effort = DEFAULT_EFFORT,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k allowed rows of each query; k of them whenever so many are allowed.
 
-        queries: float32 [q, dim], prepared; allowed: bool [rows] (live and passing the filter), None
-        for all. Returns scores float32 [q, k],
-        best first, -inf where there are no more, and rows int64 [q, k], -1 there. Scores are exact on
-        every path; without `exact` a true neighbour may be missed among those the codes rank too low.
+        queries: float32 [q, dim], prepared; allowed: those live and passing the filter, None for all.
+        Returns scores float32 [q, k], best first, -inf where there are no more, and rows int64 [q, k], -1
+        there. Scores are exact on every path; without `exact` a true neighbour may be missed among those
+        the codes rank too low.
         """
-        usable = self.rows if allowed is None else int(np.count_nonzero(allowed))
+        usable = self.rows if allowed is None else allowed.count
         refine = (
             REFINE if effort.share is None else _REFINE_LEAST + effort.share * (_REFINE_MOST - _REFINE_LEAST)
         )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from index_builder.segments.row_set import RowSet
 from shard_router.model import Metric
 
 #: Rows an L2 pass handles at once: their differences stay in the processor's cache.
@@ -77,11 +78,11 @@ def best(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def scan(
-    queries: np.ndarray, vectors: np.ndarray, allowed: np.ndarray | None, k: int, metric: Metric
+    queries: np.ndarray, vectors: np.ndarray, allowed: RowSet | None, k: int, metric: Metric
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best k allowed rows for each query, exactly.
 
-    queries: float32 [q, dim], vectors: float32 [n, dim], both prepared; allowed: bool [n], None for all.
+    queries: float32 [q, dim], vectors: float32 [n, dim], both prepared; allowed: of those n, None for all.
     Returns scores float32 [q, k], best first, -inf where there are no more, and rows int64 [q, k], -1
     there.
     """
@@ -89,9 +90,10 @@ def scan(
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     picks = barred = None
     if allowed is not None:
-        picks = np.flatnonzero(allowed)
-        if len(picks) > len(vectors) * _GATHER_SHARE:
-            picks, barred = None, np.where(allowed, np.float32(0), np.float32(-np.inf))
+        if allowed.share > _GATHER_SHARE:
+            barred = np.where(allowed.mask, np.float32(0), np.float32(-np.inf))
+        else:
+            picks = allowed.rows
     block = vectors if picks is None else vectors[picks]
     for i, query in enumerate(queries):
         values = scores(query, block, metric)

@@ -3,8 +3,18 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
+
+class Kept(Protocol):
+    """What knows how large it is: an array, or a RowSet."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+
+
+T = TypeVar("T", bound=Kept)
 
 
 class FilterCache:
@@ -12,17 +22,17 @@ class FilterCache:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
-        self._entries: OrderedDict[tuple[int, int, bytes], np.ndarray] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, int, bytes], Any] = OrderedDict()
         self._lock = threading.Lock()
         self.size_bytes = self.hits = self.misses = 0
 
-    def get(self, key: tuple[int, int, bytes], evaluate: Callable[[], np.ndarray]) -> np.ndarray:
-        """The rows (bool [rows]) for (part, block, filter digest); `evaluate` makes them when unknown.
+    def get(self, key: tuple[int, int, bytes], evaluate: Callable[[], T]) -> T:
+        """The rows for (part, block, filter digest); `evaluate` makes them when unknown.
 
         Two threads may evaluate the same filter at once; both answers are the same.
         """
         with self._lock:
-            found = self._entries.get(key)
+            found: T | None = self._entries.get(key)
             if found is not None:
                 self._entries.move_to_end(key)
                 self.hits += 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from index_builder.segments import similarity
+from index_builder.segments.row_set import RowSet
 from shard_router.columns import Columns
 from shard_router.model import LogRow, Metric, Schema
 
@@ -53,11 +54,11 @@ class Memtable:
         return known
 
     def search(
-        self, queries: np.ndarray, k: int, length: int, allowed: np.ndarray | None
+        self, queries: np.ndarray, k: int, length: int, allowed: RowSet | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k allowed of the first `length` rows for each query, exactly.
 
-        queries: float32 [q, dim], prepared; allowed: bool [length], None for all. Returns scores
+        queries: float32 [q, dim], prepared; allowed: of the first rows, None for all. Returns scores
         float32 [q, k], best first, -inf where there are no more, and rows int64 [q, k], -1 there.
         """
         return similarity.scan(queries, self.vectors[:length], allowed, k, self.metric)

@@ -1,5 +1,6 @@
 """A shard as it is at one moment: what a search reads, without a lock, while writes go on."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from index_builder.segments.index_spec import Effort
+from index_builder.segments.row_set import RowSet
 from index_builder.segments.segment import Segment
 from services.shard.filter_cache import FilterCache
 from services.shard.memtable import BLOCK_ROWS, Memtable
@@ -16,6 +18,10 @@ from shard_router.filters import Filter
 from shard_router.model import Attributes, Hit, Include, Version
 
 _NO_ATTRIBUTES: Mapping[str, str] = {}
+#: Names each view in the filter cache, for as long as anybody may ask for it.
+_serials = itertools.count()
+#: What a kept answer of a filter is about: a segment's rows, or a view's live rows. Blocks are 0 and up.
+_WHOLE, _LIVE = -1, -2
 #: More rows than k that each part tells, so that equal scores at the cut are chosen by id.
 _TIES = 8
 
@@ -25,18 +31,18 @@ class View(Protocol):
 
     #: Names the part among all of its replica.
     number: int
-    #: bool [rows], False for a document superseded or deleted; None where every row is live.
-    live: np.ndarray | None
+    #: The rows of documents neither superseded nor deleted; None where every row is live.
+    live: RowSet | None
 
     @property
     def rows(self) -> int:
         """How many rows it has, dead ones included."""
 
-    def passing(self, filter: Filter, digest: bytes, cache: FilterCache) -> np.ndarray:
-        """Which rows' attributes pass a checked filter, bool [rows]; not to be changed."""
+    def allowed(self, filter: Filter, digest: bytes, cache: FilterCache) -> RowSet:
+        """The live rows whose attributes pass a checked filter."""
 
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, effort: Effort
+        self, queries: np.ndarray, k: int, allowed: RowSet | None, exact: bool, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best k allowed rows of each query: scores float32 [q, k], rows int64 [q, k] (-1 pads)."""
 
@@ -60,18 +66,25 @@ class SegmentView:
     """A segment and its live rows."""
 
     def __init__(self, number: int, segment: Segment, live: np.ndarray | None) -> None:
-        self.number, self.live, self._segment = number, live, segment
+        """live: bool [rows], None where every row is."""
+        self.number, self._segment = number, segment
+        self.live = None if live is None else RowSet(live)
+        self._serial = next(_serials)
         self.rows = segment.rows
         self.id_at, self.version_at, self.text_at = segment.id_at, segment.version_at, segment.text_at
         self.attributes_at = segment.columns.attributes_at
         self.vector_at = segment.vectors.__getitem__
 
-    def passing(self, filter: Filter, digest: bytes, cache: FilterCache) -> np.ndarray:
-        """As View says; the segment never changes, so the answer is kept."""
-        return cache.get((self.number, -1, digest), partial(filters.evaluate, filter, self._segment.columns))
+    def allowed(self, filter: Filter, digest: bytes, cache: FilterCache) -> RowSet:
+        """As View says; kept for the segment, which never changes, and for its live rows while they last."""
+        passing = cache.get(
+            (self.number, _WHOLE, digest), lambda: RowSet(filters.evaluate(filter, self._segment.columns))
+        )
+        live = self.live
+        return passing if live is None else cache.get((self._serial, _LIVE, digest), lambda: passing & live)
 
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, effort: Effort
+        self, queries: np.ndarray, k: int, allowed: RowSet | None, exact: bool, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
         """As View says."""
         return self._segment.search(queries, k, allowed=allowed, exact=exact, effort=effort)
@@ -81,11 +94,18 @@ class MemtableView:
     """The first rows of a memtable, and which of them are live."""
 
     def __init__(self, number: int, memtable: Memtable, rows: int, live: np.ndarray | None) -> None:
-        self.number, self.rows, self.live, self._memtable = number, rows, live, memtable
+        """live: bool [rows], None where every row is."""
+        self.number, self.rows, self._memtable = number, rows, memtable
+        self.live = None if live is None else RowSet(live)
+        self._serial = next(_serials)
 
-    def passing(self, filter: Filter, digest: bytes, cache: FilterCache) -> np.ndarray:
-        """As View says; whole blocks never change, so their answers are kept."""
-        answers = []
+    def allowed(self, filter: Filter, digest: bytes, cache: FilterCache) -> RowSet:
+        """As View says; kept until a write makes another view."""
+        return cache.get((self._serial, _LIVE, digest), lambda: self._allowed(filter, digest, cache))
+
+    def _allowed(self, filter: Filter, digest: bytes, cache: FilterCache) -> RowSet:
+        """Whole blocks never change, so their answers are kept for longer."""
+        answers: list[np.ndarray] = []
         for block in range(-(-self.rows // BLOCK_ROWS)):
             columns = self._memtable.columns(block, self.rows)
             if columns.rows == BLOCK_ROWS:
@@ -93,10 +113,11 @@ class MemtableView:
                 answers.append(cache.get(key, partial(filters.evaluate, filter, columns)))
             else:
                 answers.append(filters.evaluate(filter, columns))
-        return np.concatenate(answers)[: self.rows] if answers else np.zeros(0, np.bool_)
+        passing = np.concatenate(answers)[: self.rows] if answers else np.zeros(0, np.bool_)
+        return RowSet(passing if self.live is None else passing & self.live.mask)
 
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, exact: bool, effort: Effort
+        self, queries: np.ndarray, k: int, allowed: RowSet | None, exact: bool, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
         """As View says; always exact."""
         return self._memtable.search(queries, k, self.rows, allowed)
@@ -196,31 +217,27 @@ class Snapshot:
             answers.append(found[:k])
         return answers
 
-    def allowed(self, filter: Filter | None, cache: FilterCache) -> list[tuple[View, np.ndarray | None]]:
-        """Every part with any live row that passes, and which do: bool [rows], None for all."""
+    def allowed(self, filter: Filter | None, cache: FilterCache) -> list[tuple[View, RowSet | None]]:
+        """Every part with any live row that passes, and which do; None for all."""
         digest = b"" if filter is None else filters.digest(filter)
-        result: list[tuple[View, np.ndarray | None]] = []
+        result: list[tuple[View, RowSet | None]] = []
         for view in self.views:
-            allowed = view.live
-            if filter is not None:
-                passing = view.passing(filter, digest, cache)
-                allowed = passing if allowed is None else passing & allowed
-            if view.rows and (allowed is None or allowed.any()):
+            allowed = view.live if filter is None else view.allowed(filter, digest, cache)
+            if view.rows and (allowed is None or allowed.count):
                 result.append((view, allowed))
         return result
 
     def count(self, filter: Filter | None, cache: FilterCache) -> int:
         """How many live documents pass."""
         return sum(
-            view.rows if allowed is None else int(np.count_nonzero(allowed))
-            for view, allowed in self.allowed(filter, cache)
+            view.rows if allowed is None else allowed.count for view, allowed in self.allowed(filter, cache)
         )
 
     def matching(self, filter: Filter | None, limit: int, cache: FilterCache) -> list[tuple[str, Version]]:
         """Ids and versions of at most `limit` live documents that pass."""
         found: list[tuple[str, Version]] = []
         for view, allowed in self.allowed(filter, cache):
-            picks = np.arange(view.rows) if allowed is None else np.flatnonzero(allowed)
+            picks = np.arange(view.rows) if allowed is None else np.flatnonzero(allowed.mask)
             found += [(view.id_at(row), view.version_at(row)) for row in picks[: limit - len(found)].tolist()]
             if len(found) >= limit:
                 break

@@ -7,6 +7,7 @@ import pytest
 
 from index_builder.segments import frame, similarity
 from index_builder.segments.merge import merge, merge_in_child
+from index_builder.segments.row_set import RowSet
 from index_builder.segments.segment import Segment
 from shard_router.errors import SegmentCorrupt
 from shard_router.model import AttributeType, LogRow, Metric, Version
@@ -63,7 +64,7 @@ def test_codes_find_what_an_exact_scan_finds_with_the_same_scores(
     assert (segment.directory / "index").exists()
     queries = similarity.prepare(some_vectors(1500, dim)[::100] + np.float32(0.05), metric)
     allowed = np.random.default_rng(1).random(1500) < 0.5
-    for rows in (None, allowed):
+    for rows in (None, RowSet(allowed)):
         scores, found = segment.search(queries, 10, allowed=rows, exact=False)
         exact_scores, exact = segment.search(queries, 10, allowed=rows, exact=True)
         shared = [len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)]
@@ -79,7 +80,7 @@ def test_k_rows_are_found_whenever_k_are_allowed(tmp_path: Path, allowed_rows: i
     segment = written(tmp_path, n=1500, dim=16)
     allowed = np.zeros(1500, bool)
     allowed[np.random.default_rng(2).permutation(1500)[:allowed_rows]] = True
-    scores, found = segment.search(segment.vectors[:2], 10, allowed=allowed, exact=False)
+    scores, found = segment.search(segment.vectors[:2], 10, allowed=RowSet(allowed), exact=False)
     for row in range(2):
         real = found[row][found[row] >= 0]
         assert len(set(real.tolist())) == min(10, allowed_rows)
@@ -97,7 +98,7 @@ def test_vectors_that_bytes_cannot_tell_apart_are_searched_exactly(tmp_path: Pat
     assert not (tmp_path / "one" / "index").exists()
     allowed = np.ones(600, bool)
     allowed[0] = False
-    _, found = segment.search(vectors[5:6], 10, allowed=allowed, exact=False)
+    _, found = segment.search(vectors[5:6], 10, allowed=RowSet(allowed), exact=False)
     want = np.argsort(-similarity.scores(vectors[5], vectors[1:], Metric.INNER_PRODUCT))[:10] + 1
     assert found[0].tolist() == want.tolist()
 

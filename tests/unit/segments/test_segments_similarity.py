@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from index_builder.segments import similarity
+from index_builder.segments.row_set import RowSet
 from shard_router.model import Metric
 
 RNG = np.random.default_rng(5)
@@ -71,7 +72,7 @@ def test_best_is_the_head_of_the_sorted_values(n: int, k: int) -> None:
 def test_a_scan_finds_the_best_allowed_rows_and_pads(share: float, metric: Metric) -> None:
     queries, rows = normal(3, 8), normal(300, 8)
     allowed = RNG.random(300) < share
-    found, where = similarity.scan(queries, rows, allowed, 20, metric)
+    found, where = similarity.scan(queries, rows, RowSet(allowed), 20, metric)
     for i, query in enumerate(queries):
         usable = np.flatnonzero(allowed)
         values = similarity.scores(query, rows[usable], metric)

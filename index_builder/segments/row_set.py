@@ -1,0 +1,58 @@
+"""Some rows of an immutable block, in each form that a search wants them in."""
+
+import numpy as np
+
+#: Two lists of rows, int64, that lie in each other's place.
+Swap = tuple[np.ndarray, np.ndarray]
+
+
+class RowSet:
+    """Which rows of a block may be found; counted once, and each form of it made once, when asked for.
+
+    Never changes, and safe to read from many threads: two may make a form at once, and make the same.
+    """
+
+    __slots__ = ("_bitmap", "_rows", "count", "mask")
+
+    def __init__(self, mask: np.ndarray) -> None:
+        #: bool [rows]; not to be changed.
+        self.mask = mask
+        #: How many rows are in it.
+        self.count = int(np.count_nonzero(mask))
+        self._rows: np.ndarray | None = None
+        self._bitmap: np.ndarray | None = None
+
+    def __and__(self, other: "RowSet") -> "RowSet":
+        """The rows that are in both."""
+        return RowSet(self.mask & other.mask)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The row numbers, ascending, int64 [count]."""
+        if self._rows is None:
+            self._rows = np.flatnonzero(self.mask)
+        return self._rows
+
+    @property
+    def share(self) -> float:
+        """The part of all rows that is in it."""
+        return self.count / max(1, len(self.mask))
+
+    def bitmap(self, swap: Swap | None = None) -> np.ndarray:
+        """A bit a row, least significant first, uint8 [rows / 8, rounded up].
+
+        swap: rows that an index has in each other's place; the same at every call, for a set is of one
+        block and that has one index.
+        """
+        if self._bitmap is None:
+            mask = self.mask
+            if swap is not None:
+                mask = mask.copy()
+                mask[swap[0]], mask[swap[1]] = self.mask[swap[1]], self.mask[swap[0]]
+            self._bitmap = np.packbits(mask, bitorder="little")
+        return self._bitmap
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it may come to hold: numbers are asked for of sets that are not large."""
+        return len(self.mask) + len(self.mask) // 8 + 8 * min(self.count, len(self.mask) // 4)
