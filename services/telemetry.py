@@ -8,11 +8,18 @@ import json
 import logging
 import logging.handlers
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 LATENCY_BUCKETS_S = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
@@ -41,6 +48,54 @@ class PartsCollector:
                     yield GaugeMetricFamily(full, f"{part}: {name}", value=value)
 
 
+class Method:
+    """The calls of one method: how many ended with which code, and how long they took."""
+
+    __slots__ = ("_buckets", "_codes", "_seconds")
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+        self._buckets = [0] * (len(LATENCY_BUCKETS_S) + 1)
+        self._seconds = 0.0
+
+    def ended(self, code: str, seconds: float) -> None:
+        """Count a call."""
+        self._codes[code] = self._codes.get(code, 0) + 1
+        self._buckets[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
+        self._seconds += seconds
+
+    def add_to(self, name: str, calls: CounterMetricFamily, seconds: HistogramMetricFamily) -> None:
+        """Add what was counted to the metrics of all methods."""
+        for code, count in self._codes.items():
+            calls.add_metric([name, code], count)
+        totals = accumulate(self._buckets)
+        bounds = (*map(str, LATENCY_BUCKETS_S), "+Inf")
+        seconds.add_metric([name], list(zip(bounds, totals, strict=True)), self._seconds)
+
+
+class MethodsCollector:
+    """Every method's counts as `ringfort_rpc_total` and `ringfort_rpc_seconds`."""
+
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
+
+    def method(self, name: str) -> Method:
+        """Where the calls of a method are counted."""
+        return self._methods.setdefault(name, Method())
+
+    def collect(self) -> Iterable[Metric]:
+        """The metric families of this moment."""
+        calls = CounterMetricFamily(
+            "ringfort_rpc", "Calls ended, by method and code.", labels=["method", "code"]
+        )
+        seconds = HistogramMetricFamily(
+            "ringfort_rpc_seconds", "Time in the server, by method.", labels=["method"]
+        )
+        for name, method in self._methods.items():
+            method.add_to(name, calls, seconds)
+        return calls, seconds
+
+
 class Telemetry:
     """The metrics of one running service."""
 
@@ -48,13 +103,8 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self.parts = PartsCollector()
         self.registry.register(self.parts)
-        self.calls = Counter(
-            "ringfort_rpc", "Calls ended, by method and code.", ["method", "code"], registry=self.registry
-        )
-        self.seconds = Histogram(
-            "ringfort_rpc_seconds", "Time in the server, by method.", ["method"],
-            buckets=LATENCY_BUCKETS_S, registry=self.registry,
-        )  # fmt: skip
+        self.methods = MethodsCollector()
+        self.registry.register(self.methods)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""

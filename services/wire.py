@@ -5,13 +5,13 @@ Vectors are views of the message's bytes where their dtype is F32.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence, Sized
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from index_builder.segments.index_spec import Effort
+from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from protos.ringfort import v1 as pb
 from shard_router import filter_text, filters
 from shard_router.errors import DimensionMismatch, InvalidField, InvalidFilter
@@ -195,6 +195,20 @@ def attributes_on_wire(attributes: Attributes, schema: Schema) -> dict[str, pb.V
     return {name: value_on_wire(value, schema[name]) for name, value in attributes.items() if name in schema}
 
 
+def put_attributes(into: MutableMapping[str, pb.Value], attributes: Attributes, schema: Schema) -> None:
+    """Attributes into the map of a message, as `attributes_on_wire` says."""
+    for name, value in attributes.items():
+        match schema.get(name):
+            case None:
+                continue
+            case AttributeType.KEYWORD:
+                into[name].keyword = str(value)
+            case AttributeType.INT:
+                into[name].int = int(value)  # type: ignore[arg-type]  # a number, by the schema
+            case declared:
+                into[name].CopyFrom(value_on_wire(value, declared))
+
+
 def schema_on_wire(schema: Schema) -> "dict[str, pb.AttributeType.ValueType]":
     """A schema as the map of a message."""
     return {name: ATTRIBUTE_TYPES_ON_WIRE[kind] for name, kind in schema.items()}
@@ -221,6 +235,8 @@ def effort_from(
     """How hard to look. InvalidField for what is no share, and for both `effort` and `recall`."""
     share = request.effort if request.HasField("effort") else None
     recall = request.recall if request.HasField("recall") else None
+    if share is None and recall is None:
+        return DEFAULT_EFFORT
     for name, value in (("effort", share), ("recall", recall)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise InvalidField(f"{prefix}{name}", f"{value} is not between 0 and 1")

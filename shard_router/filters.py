@@ -64,6 +64,10 @@ __all__ = [
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: Neither a text's code nor null.
 _NO_CODE = -2
+#: By identity: equal filters of other types (1, 1.0 and true) have other digests. The filter is kept beside
+#: its digest, so that no other takes its identity.
+_digests: dict[int, tuple["Filter", bytes]] = {}
+_DIGESTS_KEPT = 1_024
 _EQUALITY = frozenset({Op.EQ, Op.NE})
 _UNORDERED = frozenset({AttributeType.BOOL, AttributeType.KEYWORDS})
 _COMPARE: dict[Op, Callable[..., Any]] = {
@@ -77,8 +81,15 @@ _COMPARE: dict[Op, Callable[..., Any]] = {
 
 
 def digest(filter: Filter) -> bytes:
-    """16 bytes that name a checked filter, the same in every process."""
-    return hashing.digest(b"filter", render(filter).encode())
+    """16 bytes that name a checked filter, the same in every process; kept while it is asked for."""
+    known = _digests.get(id(filter))
+    if known is not None and known[0] is filter:
+        return known[1]
+    made = hashing.digest(b"filter", render(filter).encode())
+    if len(_digests) >= _DIGESTS_KEPT:
+        _digests.clear()
+    _digests[id(filter)] = filter, made
+    return made
 
 
 def check(filter: Filter, schema: Schema, field: str = "filter") -> Filter:

@@ -2,19 +2,34 @@
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import Protocol, TypeVar
 
-from shard_router.model import Hit
+from shard_router.model import Version
+
+
+class Ranked(Protocol):
+    """What the merge looks at of a hit."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def version(self) -> Version: ...
+
+
+R = TypeVar("R", bound=Ranked)
 
 _score = attrgetter("score")
 
 
-def merge(answers: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
+def merge(answers: Sequence[Sequence[R]], k: int) -> list[R]:
     """Best k documents over all answers; a document seen twice counts once, at its newest version.
 
     Scores descend, equal scores are in ascending order of id, and the result does not depend on how
     the hits were spread over the answers. Of two hits of one version the better score stays.
     """
-    newest: dict[str, Hit] = {}
+    newest: dict[str, R] = {}
     for answer in answers:
         for hit in answer:
             seen = newest.setdefault(hit.id, hit)

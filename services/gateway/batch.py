@@ -13,16 +13,19 @@ from services.deadline import Deadline
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.embeddings import Embeddings
-from services.gateway.fanout import FanOut
+from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_mode, check_share
+from services.shard.rendering import RenderedHits
 from shard_router.errors import InvalidField
-from shard_router.filters import check
 from shard_router.model import Include
 
 IDS_ONLY = Include(attributes=False, text=False)
 
 #: What is cached of a row: its ids, and its scores as float32 bytes.
 _ROW = msgspec.msgpack.Decoder(tuple[list[str], bytes])
+
+#: The score beyond a query's last hit.
+_NO_SCORE = np.float32(-np.inf).tobytes()
 
 #: Queries of one batch: texts, or vectors float32 [n, dim].
 Queries = Sequence[str] | np.ndarray
@@ -60,26 +63,35 @@ class BatchRetrieval:
         check_cache(request.cache)
         queries = self._queries(served, request)
         at_least = await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
-        names: list[bytes] = []
-        bodies: list[tuple[bytes, pb.ServedFrom.ValueType] | None] = [None] * len(queries)
-        if request.cache != pb.BYPASS:
+        timings = pb.Timings()
+        if request.cache == pb.BYPASS:
+            found = await self._search(served, request, queries, k, deadline, timings)
+            response = _packed([(_ids(hits), hits.scores) for hits in found.hits], k)
+            response.row_served_from.extend([pb.INDEX] * len(queries))
+            asked, answered = found.asked, found.answered
+        else:
             names = self._names(served, request, queries, k)
             staleness_ms = self._retrieval.staleness(served, request)
-            found = await self._answers.get_many(served, names, at_least, staleness_ms)
-            bodies = [None if f is None else (f.body, f.served_from) for f in found]
-        missing = [i for i, body in enumerate(bodies) if body is None]
-        timings = pb.Timings(cache_ms=(time.perf_counter() - began) * 1e3)
-        coverage = pb.Coverage(shards_asked=len(served.replicas), shards_answered=len(served.replicas))
-        if missing:
-            rest = queries if len(missing) == len(queries) else _picked(queries, missing)
-            made, coverage = await self._compute(served, request, rest, k, deadline, timings)
-            for i, computed in zip(missing, made, strict=True):
-                bodies[i] = (computed.body, pb.INDEX)
-            if names:
+            cached = await self._answers.get_many(served, names, at_least, staleness_ms)
+            timings.cache_ms = (time.perf_counter() - began) * 1e3
+            bodies = [None if row is None else row.body for row in cached]
+            missing = [i for i, body in enumerate(bodies) if body is None]
+            asked = answered = len(served.replicas)
+            if missing:
+                rest = queries if len(missing) == len(queries) else _picked(queries, missing)
+                found = await self._search(served, request, rest, k, deadline, timings)
+                asked, answered = found.asked, found.answered
+                made = [_computed(found, hits, timings) for hits in found.hits]
+                for i, computed in zip(missing, made, strict=True):
+                    bodies[i] = computed.body
                 self._answers.keep(served, [(names[i], m) for i, m in zip(missing, made, strict=True)])
-        response = _packed([body for body in bodies if body is not None], k)
+            response = _packed([_ROW.decode(body) for body in bodies if body is not None], k)
+            tiers = [pb.INDEX if row is None else row.served_from for row in cached]
+            response.row_served_from.extend(tiers)
+            if not missing:
+                response.served_from = pb.REDIS if pb.REDIS in tiers else pb.L1
         self._retrieval.provenance(served, response)
-        response.coverage.CopyFrom(coverage)
+        response.coverage.shards_asked, response.coverage.shards_answered = asked, answered
         timings.total_ms = (time.perf_counter() - began) * 1e3
         response.timings.CopyFrom(timings)
         return response
@@ -112,7 +124,7 @@ class BatchRetrieval:
         ]
         return [self._answers.key(served, "", query, options) for query in told]
 
-    async def _compute(
+    async def _search(
         self,
         served: Served,
         request: pb.BatchSearchRequest,
@@ -120,10 +132,8 @@ class BatchRetrieval:
         k: int,
         deadline: Deadline,
         timings: pb.Timings,
-    ) -> tuple[list[Computed], pb.Coverage]:
-        filter = wire.filter_from(request.filter)
-        if filter is not None:
-            filter = check(filter, served.collection.schema)
+    ) -> Found[RenderedHits]:
+        filter = self._retrieval.conditions.checked(request.filter, served.collection)
         if not isinstance(queries, np.ndarray):
             began = time.perf_counter()
             made = await self._retrieval.text_vectors(
@@ -131,7 +141,7 @@ class BatchRetrieval:
             )
             queries = made.vectors
             timings.embed_ms = (time.perf_counter() - began) * 1e3
-        found = await self._fanout.search(
+        found = await self._fanout.search_rendered(
             served, queries, k,
             filter=filter,
             exact=request.exact,
@@ -141,34 +151,34 @@ class BatchRetrieval:
             deadline=deadline,
         )  # fmt: skip
         timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
-        computed = []
-        for hits in found.hits:
-            scores = np.array([hit.score for hit in hits], np.float32)
-            body = msgspec.msgpack.encode(([hit.id for hit in hits], scores.tobytes()))
-            computed.append(Computed(body, found.position, found.as_of_ms, found.complete, timings))
-        return computed, pb.Coverage(shards_asked=found.asked, shards_answered=found.answered)
+        return found
 
 
 def _picked(queries: Queries, rows: Sequence[int]) -> Queries:
     return queries[rows] if isinstance(queries, np.ndarray) else [queries[i] for i in rows]
 
 
-def _packed(bodies: "Sequence[tuple[bytes, pb.ServedFrom.ValueType]]", k: int) -> pb.BatchSearchResponse:
-    scores = np.full((len(bodies), k), -np.inf, np.float32)
+def _ids(hits: RenderedHits) -> list[str]:
+    return [row.id for row in hits.rows]
+
+
+def _computed(found: Found[RenderedHits], hits: RenderedHits, timings: pb.Timings) -> Computed:
+    """One row's answer, to be kept."""
+    body = msgspec.msgpack.encode((_ids(hits), hits.scores))
+    return Computed(body, found.position, found.as_of_ms, found.complete, timings)
+
+
+def _packed(rows: Sequence[tuple[list[str], bytes]], k: int) -> pb.BatchSearchResponse:
+    """The ids and float32 scores of every row as one answer, padded to k."""
     ids: list[str] = []
-    counts: list[int] = []
-    for i, (body, _) in enumerate(bodies):
-        row_ids, raw = _ROW.decode(body)
-        scores[i, : len(row_ids)] = np.frombuffer(raw, np.float32)
-        ids.extend(row_ids)
-        ids.extend([""] * (k - len(row_ids)))
-        counts.append(len(row_ids))
-    tiers = [tier for _, tier in bodies]
-    cached = pb.INDEX not in tiers
+    scores: list[bytes] = []
+    counts = [len(row_ids) for row_ids, _ in rows]
+    for (row_ids, raw), count in zip(rows, counts, strict=True):
+        ids += row_ids
+        scores.append(raw)
+        if count < k:
+            ids += [""] * (k - count)
+            scores.append(_NO_SCORE * (k - count))
     return pb.BatchSearchResponse(
-        ids=ids,
-        scores=wire.matrix_from(scores),
-        counts=counts,
-        row_served_from=tiers,
-        served_from=(pb.REDIS if pb.REDIS in tiers else pb.L1) if cached else pb.INDEX,
+        ids=ids, scores=pb.Matrix(data=b"".join(scores), rows=len(rows), dim=k), counts=counts
     )

@@ -102,6 +102,8 @@ class Http:
     def _route(
         self, name: str, answer: Callable[[dict[str, Any], Call], Awaitable[dict[str, Any]]]
     ) -> Callable[[Request], Awaitable[Response]]:
+        method = self._telemetry.methods.method(f"http_{name}")
+
         async def route(request: Request) -> Response:
             began = time.perf_counter()
             code = grpc.StatusCode.OK
@@ -122,8 +124,7 @@ class Http:
                 log.exception("POST /v1/%s failed", name)
                 return _error(code, "internal error; the server's log has the reason", "", "INTERNAL", None)
             finally:
-                self._telemetry.calls.labels(f"http_{name}", code.name).inc()
-                self._telemetry.seconds.labels(f"http_{name}").observe(time.perf_counter() - began)
+                method.ended(code.name, time.perf_counter() - began)
 
         return route
 

@@ -22,8 +22,7 @@ from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
 from services.ranker.ranker import Ranked, Ranker
 from shard_router.errors import InvalidField, NotFound, NotImplementedHere
-from shard_router.filters import check
-from shard_router.model import Include, Metric
+from shard_router.model import Hit, Include, Metric
 
 UNLIKE_WEIGHT = 0.5
 
@@ -139,12 +138,10 @@ class Recommend:
 
     async def _candidates(
         self, served: Served, request: pb.RecommendRequest, k: int, taste: np.ndarray, deadline: Deadline
-    ) -> Found:
+    ) -> Found[list[Hit]]:
         retrieve = request.retrieve
         wanted = retrieve.k if retrieve.HasField("k") else self._default_candidates
-        filter = wire.filter_from(retrieve.filter, "retrieve.filter")
-        if filter is not None:
-            filter = check(filter, served.collection.schema, "retrieve.filter")
+        filter = self._retrieval.conditions.checked(retrieve.filter, served.collection, "retrieve.filter")
         seen = [e.id for e in (*request.like, *request.unlike) if e.WhichOneof("kind") == "id"]
         return await self._fanout.search(
             served,

@@ -5,6 +5,7 @@ Answers are built as serialized protobuf, so that a cached one is sent as it lie
 (https://protobuf.dev/programming-guides/encoding/#last-one-wins).
 """
 
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from index_builder.segments.index_spec import Effort
 from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
@@ -20,6 +22,7 @@ from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
+from services.gateway.conditions import Conditions
 from services.gateway.embeddings import Embeddings, Vectors
 from services.gateway.fanout import FanOut
 from shard_router.errors import (
@@ -29,7 +32,6 @@ from shard_router.errors import (
     NotImplementedHere,
     UnknownLog,
 )
-from shard_router.filters import check
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ class Retrieval:
         self._fanout = fanout
         self._answers = answers
         self._limits = limits
+        #: The filters that requests name.
+        self.conditions = Conditions()
 
     async def search(self, request: pb.SearchRequest, tenant: str, deadline: Deadline) -> bytes:
         """A serialized SearchResponse."""
@@ -56,13 +60,17 @@ class Retrieval:
         served = self._catalog.resolve(tenant, request.collection)
         k = self.check_k(request.k if request.HasField("k") else DEFAULT_K, "k")
         check_mode(request.mode)
-        query = _query_bytes(request)
+        kind = request.WhichOneof("query")
+        if kind is None:
+            raise InvalidField("query", "is missing: give text, vector or id")
         effort = wire.effort_from(request)
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
-        at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
+        at_least = 0
+        if request.HasField("read_after"):
+            at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
-            made = await self._search(served, request, k, deadline)
+            made = await self._search(served, request, kind, k, effort, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
         options = msgspec.msgpack.encode(
             (
@@ -71,14 +79,15 @@ class Retrieval:
                 request.include.SerializeToString(), self._embeddings.manifest.variant,
             )
         )  # fmt: skip
-        key = self._answers.key(served, "", query, options)
+        key = self._answers.key(served, "", _query_bytes(request, kind), options)
         cached = await self._answers.get(served, key, at_least, self.staleness(served, request))
         if cached is not None:
             return cached.body + _suffix(cached.served_from, began)
         cache_ms = (time.perf_counter() - began) * 1e3
         made = await self._answers.once(
-            served, key, request.min_coverage, lambda: self._search(served, request, k, deadline)
-        )
+            served, key, request.min_coverage,
+            lambda: self._search(served, request, kind, k, effort, deadline),
+        )  # fmt: skip
         return made.body + _suffix(pb.INDEX, began, made.timings, cache_ms)
 
     async def text_vectors(
@@ -145,15 +154,12 @@ class Retrieval:
         return response
 
     async def _search(
-        self, served: Served, request: pb.SearchRequest, k: int, deadline: Deadline
+        self, served: Served, request: pb.SearchRequest, kind: str, k: int, effort: Effort, deadline: Deadline
     ) -> Computed:
         timings = pb.Timings()
         collection = served.collection
-        filter = wire.filter_from(request.filter)
-        if filter is not None:
-            filter = check(filter, collection.schema)
+        filter = self.conditions.checked(request.filter, collection) if request.HasField("filter") else None
         exclude: frozenset[str] = frozenset()
-        kind = request.WhichOneof("query")
         if kind == "text":
             self.check_text(request.text, "text")
             began = time.perf_counter()
@@ -171,25 +177,26 @@ class Retrieval:
             wire.key(request.id, "id", self._limits.max_id_bytes)
             queries = await self.document_vectors(served, [request.id], ["id"])
             exclude = frozenset((request.id,))
-        found = await self._fanout.search(
+        found = await self._fanout.search_rendered(
             served, queries, k,
             filter=filter,
             exact=request.exact,
-            effort=wire.effort_from(request),
+            effort=effort,
             include=wire.include_from(request.include, request.HasField("include")),
             min_coverage=request.min_coverage,
             deadline=deadline,
             exclude=exclude,
         )  # fmt: skip
         timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
-        response = self.provenance(
-            served,
-            pb.SearchResponse(
-                hits=[wire.hit_on_wire(hit, collection.schema) for hit in found.hits[0]],
-                coverage=pb.Coverage(shards_asked=found.asked, shards_answered=found.answered),
-            ),
+        body = found.hits[0].body() + _provenance(
+            collection.generation,
+            collection.space,
+            self._embeddings.manifest.variant if collection.model else "",
+            served.shard_map.epoch,
+            found.asked,
+            found.answered,
         )
-        return Computed(response.SerializeToString(), found.position, found.as_of_ms, found.complete, timings)
+        return Computed(body, found.position, found.as_of_ms, found.complete, timings)
 
 
 def check_mode(mode: "pb.Mode.ValueType") -> None:
@@ -212,15 +219,24 @@ def check_cache(cache: "pb.CacheControl.ValueType") -> None:
         raise InvalidField("cache", f"{cache} is not a cache control")
 
 
-def _query_bytes(request: pb.SearchRequest) -> bytes:
-    kind = request.WhichOneof("query")
+def _query_bytes(request: pb.SearchRequest, kind: str) -> bytes:
     if kind == "text":
         return b"t" + request.text.encode()
     if kind == "vector":
         return b"v" + request.vector.SerializeToString()
-    if kind == "id":
-        return b"i" + request.id.encode()
-    raise InvalidField("query", "is missing: give text, vector or id")
+    return b"i" + request.id.encode()
+
+
+@functools.lru_cache(1024)
+def _provenance(generation: int, space: str, variant: str, epoch: int, asked: int, answered: int) -> bytes:
+    """What a SearchResponse says it was computed from."""
+    return pb.SearchResponse(
+        generation=generation,
+        space=space,
+        variant=variant,
+        epoch=epoch,
+        coverage=pb.Coverage(shards_asked=asked, shards_answered=answered),
+    ).SerializeToString()
 
 
 def _suffix(
@@ -230,6 +246,6 @@ def _suffix(
     cache_ms: float = 0.0,
 ) -> bytes:
     tail = pb.SearchResponse(served_from=served_from, timings=timings)
-    tail.timings.total_ms = (time.perf_counter() - began) * 1e3
-    tail.timings.cache_ms = cache_ms
+    times = tail.timings
+    times.total_ms, times.cache_ms = (time.perf_counter() - began) * 1e3, cache_ms
     return tail.SerializeToString()

@@ -75,12 +75,12 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ping while they wait
             )
         )
-        for name, descriptor in SERVICES.items():
-            servicer = servicers.get(name)
-            handlers = {m.name: self._handler(m, servicer) for m in descriptor.methods}
-            self._server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(descriptor.full_name, handlers),)
-            )
+        handlers = {
+            f"/{descriptor.full_name}/{method.name}": self._handler(method, servicers.get(name))
+            for name, descriptor in SERVICES.items()
+            for method in descriptor.methods
+        }
+        self._server.add_generic_rpc_handlers((_Router(handlers),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [descriptor.full_name for descriptor in SERVICES.values()]
         reflection.enable_server_reflection(
@@ -126,65 +126,85 @@ class Server:
         wrap = self._streaming if method.server_streaming else self._unary
         parse = functools.partial(_parse, request_type)
         # Parsed behind the wrapper: what gRPC cannot deserialize it answers with UNKNOWN.
-        return make(
-            wrap(method.name, parse, answer), request_deserializer=None, response_serializer=_serialize
-        )
+        return make(wrap(method.name, parse, answer), request_deserializer=None, response_serializer=None)
 
     def _unary(
         self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], Any]
     ) -> Callable[[bytes, Context], Any]:
+        method = self._telemetry.methods.method(name)
+        default_s = self._settings.default_timeout_s
+
+        # The hottest wrapper of all, so without a context manager of its own; `_streaming` does the same.
         async def unary(request: bytes, context: Context) -> Any:
-            async with self._entered(name, context) as call:
-                return await answer(parse(request), call)
+            began = time.monotonic()
+            code = "OK"
+            entered = False
+            try:
+                key, tenant = self._caller(context)
+                self._admission.enter(key, began)
+                entered = True
+                left_s = context.time_remaining()
+                call = Call(tenant, Deadline(began + (default_s if left_s is None else left_s)))
+                return _serialized(await answer(parse(request), call))
+            except Exception as error:
+                refused, message, details = self._told(name, error)
+                code = refused.name
+                await context.abort(refused, message, details)
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+                raise
+            finally:
+                if entered:
+                    self._admission.leave()
+                method.ended(code, time.monotonic() - began)
 
         return unary
 
     def _streaming(
         self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], AsyncIterator[Any]]
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        method = self._telemetry.methods.method(name)
+
         async def parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
             async for request in requests:
                 yield parse(request)
 
         async def streaming(requests: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._entered(name, context, stream=True) as call:
+            began = time.monotonic()
+            code = "OK"
+            entered = False
+            try:
+                key, tenant = self._caller(context)
+                self._admission.enter(key, began)
+                entered = True
+                left_s = context.time_remaining()
+                call = Call(tenant, Deadline(began + (STREAM_TIMEOUT_S if left_s is None else left_s)))
                 asked = parse(requests) if isinstance(requests, bytes) else parsed(requests)
                 responses = answer(asked, call)
                 async with contextlib.aclosing(responses):  # type: ignore[type-var]  # async generators all
                     async for response in responses:
-                        yield response
+                        yield _serialized(response)
+            except Exception as error:
+                refused, message, details = self._told(name, error)
+                code = refused.name
+                await context.abort(refused, message, details)
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+                raise
+            finally:
+                if entered:
+                    self._admission.leave()
+                method.ended(code, time.monotonic() - began)
 
         return streaming
 
-    @contextlib.asynccontextmanager
-    async def _entered(self, name: str, context: Context, *, stream: bool = False) -> AsyncIterator[Call]:
-        began = time.perf_counter()
-        code = grpc.StatusCode.OK
-        entered = False
-        try:
-            key, tenant = self._caller(context)
-            self._admission.enter(key, time.monotonic())
-            entered = True
-            left = context.time_remaining()
-            default = STREAM_TIMEOUT_S if stream else self._settings.default_timeout_s
-            yield Call(tenant, Deadline.after(default if left is None else left))
-        except RingfortError as error:
-            code = status.code_of(error)
-            await context.abort(code, status.message_of(error), status.trailing_metadata(error))
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            code = grpc.StatusCode.INTERNAL
-            log.exception("%s failed", name)
-            await context.abort(code, "internal error; the server's log has the reason")
-        finally:
-            if entered:
-                self._admission.leave()
-            self._telemetry.calls.labels(name, code.name).inc()
-            self._telemetry.seconds.labels(name).observe(time.perf_counter() - began)
+    @staticmethod
+    def _told(name: str, error: Exception) -> tuple[grpc.StatusCode, str, Any]:
+        """What a caller is told of an error: code, message, details."""
+        if isinstance(error, RingfortError):
+            return status.code_of(error), status.message_of(error), status.trailing_metadata(error)
+        log.error("%s failed", name, exc_info=error)
+        return grpc.StatusCode.INTERNAL, "internal error; the server's log has the reason", ()
 
     def _caller(self, context: Context) -> tuple[str, str]:
         """The call's key and tenant; Unauthenticated where keys are asked for and none fits."""
@@ -219,8 +239,18 @@ def _parse(request_type: type[Message], raw: bytes) -> Message:
         raise InvalidField("request", f"is not a {request_type.DESCRIPTOR.name}") from None
 
 
-def _serialize(message: Any) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
+def _serialized(answer: Any) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
+
+
+class _Router(grpc.GenericRpcHandler):
+    """Every method of the contract by its path: one look-up a call."""
+
+    def __init__(self, handlers: Mapping[str, Any]) -> None:
+        self._handlers = handlers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._handlers.get(handler_call_details.method)
 
 
 def _refusal(method: MethodDescriptor) -> Callable[[Any, Call], Any]:

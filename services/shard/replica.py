@@ -12,9 +12,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.filter_cache import FilterCache
 from services.shard.layout import Layout
+from services.shard.rendering import RenderedHits, Rendering
 from services.shard.searches import Searches
 from services.shard.shelf import Recovered, Shelf
 from services.shard.views import Snapshot
@@ -34,24 +34,26 @@ from shard_router.model import Collection, Hit, Include, LogDelta, Version
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+#: One query's hits: values, or as they go on the wire.
+Hits = TypeVar("Hits", list[Hit], RenderedHits)
 
 #: Log rows applied before the event loop gets its turn.
 _SLICE_ROWS = 512
 #: Frozen memtables in memory, at most: when their files cannot be written, the replica falls behind.
 _FROZEN_MOST = 8
 _FILTER_CACHE_BYTES = 32 << 20
+_RENDERED_ROWS_BYTES = 8 << 20
 #: Slowest retry of a log that cannot be read.
 _BACKOFF_MOST_S = 5.0
 #: How long a cancelled task has until it is cancelled again.
 _CANCEL_AGAIN_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class ShardAnswer:
+class ShardAnswer(NamedTuple, Generic[Hits]):
     """The hits of each query, best first, as of `position` or later."""
 
     position: int
-    hits: list[list[Hit]]
+    hits: list[Hits]
     took_ms: float
 
 
@@ -74,7 +76,8 @@ class Replica:
         self._log_id, self._tail, self._tail_rows = log_id, tail, tail_rows
         self._threads, self._poll_s = search_threads, poll_ms / 1e3
         self._filters = FilterCache(_FILTER_CACHE_BYTES)
-        self._searches = Searches(collection.metric, search_threads, self._filters)
+        rendering = Rendering(collection.schema, _RENDERED_ROWS_BYTES)
+        self._searches = Searches(collection.metric, search_threads, self._filters, rendering)
         self._files = FileWork(collection, layout, shelf)
         #: Everything of the log up to here is applied, each document at that state or a later one.
         self.position = 0
@@ -184,30 +187,35 @@ class Replica:
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
         deadline: Deadline,
-    ) -> ShardAnswer:
+    ) -> ShardAnswer[list[Hit]]:
         """The best k live documents for each query that pass the filter, never one of `exclude`.
 
         queries: float32 [n, dim], any length; a larger score is better, L2 is minus the squared
         distance, and a zero vector scores 0 under cosine. filter: checked against the schema.
         DimensionMismatch, Overloaded, DeadlineExceeded, Unavailable.
         """
-        began = time.perf_counter()
-        self._require_up()
-        if queries.shape[1] != self._collection.dim:
-            raise DimensionMismatch("query", queries.shape[1], self._collection.dim)
-        snapshot = self._snapshot()
-        hits = await self._searches.search(
-            snapshot,
-            np.ascontiguousarray(queries, dtype=np.float32),
-            k,
-            filter=filter,
-            exact=exact,
-            effort=effort,
-            include=include,
-            exclude=exclude,
-            deadline=deadline,
-        )
-        return ShardAnswer(snapshot.position, hits, (time.perf_counter() - began) * 1e3)
+        return await self._search(
+            queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
+            rendered=False, deadline=deadline,
+        )  # fmt: skip
+
+    async def search_rendered(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        filter: Filter | None,
+        exact: bool = False,
+        effort: Effort = DEFAULT_EFFORT,
+        include: Include = Include(),  # noqa: B008 - immutable
+        exclude: frozenset[str] = frozenset(),
+        deadline: Deadline,
+    ) -> ShardAnswer[RenderedHits]:
+        """The same as `search`, with the hits as they go on the wire."""
+        return await self._search(
+            queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
+            rendered=True, deadline=deadline,
+        )  # fmt: skip
 
     async def count(self, filter: Filter | None) -> int:
         """How many live documents pass the filter."""
@@ -365,6 +373,18 @@ class Replica:
     def _require_up(self) -> None:
         if self._down is not None:
             raise Unavailable(f"the replica of {self._name} is down: {self._down}")
+
+    async def _search(
+        self, queries: np.ndarray, k: int, *, deadline: Deadline, **options: Any
+    ) -> ShardAnswer[Any]:
+        began = time.perf_counter()
+        self._require_up()
+        if queries.shape[1] != self._collection.dim:
+            raise DimensionMismatch("query", queries.shape[1], self._collection.dim)
+        snapshot = self._snapshot()
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        hits = await self._searches.search(snapshot, queries, k, deadline=deadline, **options)
+        return ShardAnswer(snapshot.position, hits, (time.perf_counter() - began) * 1e3)
 
     def _snapshot(self) -> Snapshot:
         return self._layout.snapshot(self.position)

@@ -1,7 +1,7 @@
 """A shard as it is at one moment: what a search reads, without a lock, while writes go on."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -15,9 +15,8 @@ from services.shard.filter_cache import FilterCache
 from services.shard.memtable import BLOCK_ROWS, Memtable
 from shard_router import filters
 from shard_router.filters import Filter
-from shard_router.model import Attributes, Hit, Include, Version
+from shard_router.model import Attributes, Version
 
-_NO_ATTRIBUTES: Mapping[str, str] = {}
 #: Names each view in the filter cache, for as long as anybody may ask for it.
 _serials = itertools.count()
 #: What a kept answer of a filter is about: a segment's rows, or a view's live rows. Blocks are 0 and up.
@@ -145,29 +144,18 @@ class MemtableView:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """One row that a query found."""
+class Ranking:
+    """The rows that some queries found, best first: of which part, and at which place.
 
-    score: float
-    view: View
-    row: int
+    scores: float32 [q, n]; parts: places in `views`, int64 [q, n]; rows: int64 [q, n]. Only the first
+    `counts[i]` of a query are any.
+    """
 
-    @property
-    def id(self) -> str:
-        """The document's id."""
-        return self.view.id_at(self.row)
-
-    def hit(self, include: Include) -> Hit:
-        """The document, with the parts asked for."""
-        view, row = self.view, self.row
-        return Hit(
-            id=view.id_at(row),
-            score=self.score,
-            version=view.version_at(row),
-            attributes=view.attributes_at(row) if include.attributes else _NO_ATTRIBUTES,
-            text=view.text_at(row) if include.text else None,
-            vector=view.vector_at(row) if include.vector else None,
-        )
+    views: Sequence[View]
+    counts: list[int]
+    scores: np.ndarray
+    parts: np.ndarray
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,36 +174,40 @@ class Snapshot:
         exact: bool,
         effort: Effort,
         cache: FilterCache,
-    ) -> list[list[Found]]:
+    ) -> Ranking:
         """The best k live documents of each query that pass the filter; ties in ascending order of id.
 
         queries: float32 [q, dim], prepared. Of more than 8 documents with one score at the cut, any may be
         left out.
         """
-        parts = [
-            (view, *view.search(queries, k + _TIES, allowed, exact, effort))
-            for view, allowed in self.allowed(filter, cache)
-        ]
-        if not parts:
-            return [[] for _ in queries]
         width = k + _TIES
-        scores = np.concatenate([scores for _, scores, _ in parts], axis=1)
-        answers: list[list[Found]] = []
-        for i, row_scores in enumerate(scores):
-            order = np.argsort(-row_scores, kind="stable")
-            ranked = row_scores[order]
-            # Everything as good as the k-th stays in until ids have decided.
-            least = ranked[min(k, len(ranked)) - 1]
-            end = int(np.searchsorted(-ranked, -least, side="right"))
-            found = [
-                Found(score, parts[at // width][0], row)
-                for at, score in zip(order[:end].tolist(), ranked[:end].tolist(), strict=True)
-                if (row := int(parts[at // width][2][i, at % width])) >= 0
-            ]
-            if (ranked[1:end] == ranked[: end - 1]).any():
-                found.sort(key=lambda one: (-one.score, one.id))
-            answers.append(found[:k])
-        return answers
+        views: list[View] = []
+        all_scores: list[np.ndarray] = []
+        all_rows: list[np.ndarray] = []
+        for view, allowed in self.allowed(filter, cache):
+            found, places = view.search(queries, width, allowed, exact, effort)
+            views.append(view)
+            all_scores.append(found)
+            all_rows.append(places)
+        if len(views) == 1:
+            scores, rows = all_scores[0], all_rows[0]
+            parts = np.zeros(rows.shape, np.int64)
+        elif views:
+            scores, rows = np.concatenate(all_scores, axis=1), np.concatenate(all_rows, axis=1)
+            order = np.argsort(-scores, axis=1, kind="stable")
+            parts = order // width
+            scores = np.take_along_axis(scores, order, axis=1)
+            rows = np.take_along_axis(rows, order, axis=1)
+        else:
+            scores = np.zeros((len(queries), 0), np.float32)
+            rows = parts = np.zeros((len(queries), 0), np.int64)
+        ranking = Ranking(views, _counts(rows), scores, parts, rows)
+        # Everything as good as the k-th stays in until ids have decided; -inf is where there is nothing.
+        equal = scores[:, 1 : k + 1] == scores[:, : min(k, scores.shape[1] - 1)]
+        if equal.any():
+            for i in np.flatnonzero(equal.any(axis=1)).tolist():
+                _order_ties(ranking, i, k)
+        return ranking
 
     def allowed(self, filter: Filter | None, cache: FilterCache) -> list[tuple[View, RowSet | None]]:
         """Every part with any live row that passes, and which do; None for all."""
@@ -242,3 +234,29 @@ class Snapshot:
             if len(found) >= limit:
                 break
         return found
+
+
+def _counts(rows: np.ndarray) -> list[int]:
+    """How many rows each query found, of int64 [q, n] that end in -1 where there are no more."""
+    count, width = rows.shape
+    if width and rows[:, -1].min(initial=0) >= 0:
+        return [width] * count
+    counts: list[int] = (rows >= 0).sum(axis=1).tolist()
+    return counts
+
+
+def _order_ties(ranking: Ranking, query: int, k: int) -> None:
+    """Put the equal scores among the first k of one query in ascending order of id, in place."""
+    count = ranking.counts[query]
+    scores, parts, rows = (each[query, :count] for each in (ranking.scores, ranking.parts, ranking.rows))
+    starts = np.flatnonzero(np.concatenate(([True], scores[1:] != scores[:-1], [True]))).tolist()
+    for start, end in itertools.pairwise(starts):
+        if start >= k:
+            return
+        if end - start > 1:
+            ids = [
+                ranking.views[part].id_at(row)
+                for part, row in zip(parts[start:end].tolist(), rows[start:end].tolist(), strict=True)
+            ]
+            order = start + np.array(sorted(range(end - start), key=ids.__getitem__))
+            parts[start:end], rows[start:end] = parts[order], rows[order]
