@@ -1,7 +1,7 @@
 """What the service answers, as plain values."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import overload
 
@@ -101,7 +101,17 @@ class Timings:
     @classmethod
     def of(cls, timings: pb.Timings) -> "Timings":
         """The answer's timings as a value."""
-        return cls(**{each.name: getattr(timings, each.name) for each in fields(cls)})
+        return cls(
+            timings.total_ms,
+            timings.queue_ms,
+            timings.tokenize_ms,
+            timings.inference_ms,
+            timings.cache_ms,
+            timings.embed_ms,
+            timings.search_ms,
+            timings.merge_ms,
+            timings.rank_ms,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,69 +124,147 @@ class Stage:
     skipped: str
 
 
-@dataclass(frozen=True, slots=True)
 class Hit:
     """One found document; a larger score is always better.
 
-    `features` is what the ranker saw (recommendations only), `vector` is float32 [dim] where asked for.
+    `attributes` maps names to values, `text` is None where the document has none or none was asked for,
+    `vector` is float32 [dim] where asked for, `features` is what the ranker saw (recommendations only). It
+    reads the answer's message when it is asked. Hits are equal where all but their vectors are.
     """
 
-    id: str
-    score: float
-    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
-    text: str | None = None
-    vector: Vector | None = field(default=None, compare=False)
-    version: Version | None = None
-    features: Mapping[str, float] = field(default_factory=dict)
+    __slots__ = ("_attributes", "_message")
+
+    def __init__(self, message: pb.Hit) -> None:
+        self._message = message
+        self._attributes: Mapping[str, AttributeValue] | None = None
+
+    @property
+    def id(self) -> str:
+        """The document's id."""
+        return self._message.id
+
+    @property
+    def score(self) -> float:
+        """How good it is, by the collection's metric or the ranker."""
+        return self._message.score
+
+    @property
+    def attributes(self) -> Mapping[str, AttributeValue]:
+        """The document's attributes, where asked for."""
+        if self._attributes is None:
+            self._attributes = wire.from_values(self._message.attributes)
+        return self._attributes
+
+    @property
+    def text(self) -> str | None:
+        """The document's text."""
+        return self._message.text if self._message.HasField("text") else None
+
+    @property
+    def vector(self) -> Vector | None:
+        """The document's vector; a read-only view of the answer."""
+        return wire.from_matrix(self._message.vector)[0] if self._message.HasField("vector") else None
+
+    @property
+    def version(self) -> Version | None:
+        """The version that was scored."""
+        if not self._message.HasField("version"):
+            return None
+        return Version(self._message.version.term, self._message.version.seq)
+
+    @property
+    def features(self) -> Mapping[str, float]:
+        """What the ranker saw, by feature."""
+        return dict(self._message.features)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hit) and self._told() == other._told()
+
+    __hash__ = None  # type: ignore[assignment]  # attributes are no key
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name}={value!r}" for name, value in self._told().items())
+        return f"Hit({told})"
+
+    def _told(self) -> dict[str, object]:
+        names = ("id", "score", "attributes", "text", "version", "features")
+        return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an answer comes from. `served_from` is INDEX, L1 or REDIS."""
+    """Where an answer comes from."""
 
-    coverage: Coverage
-    generation: int
-    space: str
-    variant: str
-    epoch: int
-    served_from: str
-    timings: Timings
+    __slots__ = ("_answer",)
+    _answer: SearchAnswer | pb.BatchSearchResponse
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the shards it speaks for."""
+        told = self._answer.coverage
+        return Coverage(told.shards_asked, told.shards_answered)
+
+    @property
+    def generation(self) -> int:
+        """The collection's generation that was searched."""
+        return self._answer.generation
+
+    @property
+    def space(self) -> str:
+        """The embedding space that was searched."""
+        return self._answer.space
+
+    @property
+    def variant(self) -> str:
+        """How query texts were embedded."""
+        return self._answer.variant
+
+    @property
+    def epoch(self) -> int:
+        """The number of the shard map."""
+        return self._answer.epoch
+
+    @property
+    def served_from(self) -> str:
+        """INDEX, L1 or REDIS."""
+        return pb.ServedFrom.Name(self._answer.served_from)
+
+    @property
+    def timings(self) -> Timings:
+        """What the service spent its time on."""
+        return Timings.of(self._answer.timings)
 
 
-def _provenance(answer: SearchAnswer | pb.BatchSearchResponse) -> dict[str, object]:
-    return {
-        "coverage": Coverage(answer.coverage.shards_asked, answer.coverage.shards_answered),
-        "generation": answer.generation,
-        "space": answer.space,
-        "variant": answer.variant,
-        "epoch": answer.epoch,
-        "served_from": pb.ServedFrom.Name(answer.served_from),
-        "timings": Timings.of(answer.timings),
-    }
-
-
-@dataclass(frozen=True, slots=True)
 class SearchResult(Provenance, Sequence[Hit]):
-    """The hits, best first, as a sequence; `stages` and `ranker` are those of a recommendation."""
+    """The hits, best first, as a sequence, and where they come from.
 
-    hits: tuple[Hit, ...]
-    stages: tuple[Stage, ...] = ()
-    ranker: str = ""
+    `stages` and `ranker` are those of a recommendation. The answer is read when it is asked.
+    """
 
-    @classmethod
-    def of(cls, answer: SearchAnswer) -> "SearchResult":
-        """The answer as a value."""
-        stages: tuple[Stage, ...] = ()
-        ranker = ""
-        if isinstance(answer, pb.RecommendResponse):
-            stages = tuple(Stage(s.name, s.took_ms, s.candidates, s.skipped) for s in answer.stages)
-            ranker = answer.ranker
-        return cls(
-            **_provenance(answer),  # type: ignore[arg-type]  # by name
-            hits=tuple(_hit(hit) for hit in answer.hits),
-            stages=stages,
-            ranker=ranker,
-        )
+    __slots__ = ("_hits",)
+    _answer: SearchAnswer
+
+    def __init__(self, answer: SearchAnswer) -> None:
+        self._answer = answer
+        self._hits: tuple[Hit, ...] | None = None
+
+    @property
+    def hits(self) -> tuple[Hit, ...]:
+        """The documents found, best first."""
+        if self._hits is None:
+            self._hits = tuple(map(Hit, self._answer.hits))
+        return self._hits
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What each stage of a recommendation did."""
+        if not isinstance(self._answer, pb.RecommendResponse):
+            return ()
+        return tuple(Stage(s.name, s.took_ms, s.candidates, s.skipped) for s in self._answer.stages)
+
+    @property
+    def ranker(self) -> str:
+        """Who ranked a recommendation."""
+        return self._answer.ranker if isinstance(self._answer, pb.RecommendResponse) else ""
 
     @overload
     def __getitem__(self, index: int) -> Hit: ...
@@ -186,50 +274,50 @@ class SearchResult(Provenance, Sequence[Hit]):
         return self.hits[index]
 
     def __len__(self) -> int:
-        return len(self.hits)
+        return len(self._answer.hits)
 
     def __iter__(self) -> Iterator[Hit]:
         return iter(self.hits)
 
-
-def _hit(hit: pb.Hit) -> Hit:
-    return Hit(
-        id=hit.id,
-        score=hit.score,
-        attributes=wire.from_values(hit.attributes),
-        text=hit.text if hit.HasField("text") else None,
-        vector=wire.from_matrix(hit.vector)[0] if hit.HasField("vector") else None,
-        version=Version(hit.version.term, hit.version.seq) if hit.HasField("version") else None,
-        features=dict(hit.features),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSearchResult(Provenance):
-    """The answers to many queries.
-
-    `ids[i]` are the hits of query i, best first; `scores` is float32 [queries, k], -inf beyond a query's
-    last hit; `row_served_from[i]` says where answer i came from.
-    """
-
-    ids: tuple[tuple[str, ...], ...]
-    scores: Vector
-    row_served_from: tuple[str, ...]
-
-    @classmethod
-    def of(cls, answer: pb.BatchSearchResponse) -> "BatchSearchResult":
-        """The answer as a value."""
-        k = answer.scores.dim
-        ids = tuple(tuple(answer.ids[row * k : row * k + count]) for row, count in enumerate(answer.counts))
-        return cls(
-            **_provenance(answer),  # type: ignore[arg-type]  # by name
-            ids=ids,
-            scores=wire.from_matrix(answer.scores),
-            row_served_from=tuple(pb.ServedFrom.Name(served) for served in answer.row_served_from),
+    def __repr__(self) -> str:
+        return (
+            f"SearchResult(hits={self.hits!r}, served_from={self.served_from!r}, coverage={self.coverage!r})"
         )
 
+
+class BatchSearchResult(Provenance):
+    """The answers to many queries, and where they come from. The answer is read when it is asked."""
+
+    __slots__ = ("_ids",)
+    _answer: pb.BatchSearchResponse
+
+    def __init__(self, answer: pb.BatchSearchResponse) -> None:
+        self._answer = answer
+        self._ids: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def ids(self) -> tuple[tuple[str, ...], ...]:
+        """The hits of each query, best first."""
+        if self._ids is None:
+            k, flat = self._answer.scores.dim, tuple(self._answer.ids)
+            self._ids = tuple(flat[i * k : i * k + count] for i, count in enumerate(self._answer.counts))
+        return self._ids
+
+    @property
+    def scores(self) -> Vector:
+        """float32 [queries, k], -inf beyond a query's last hit; a read-only view of the answer."""
+        return wire.from_matrix(self._answer.scores)
+
+    @property
+    def row_served_from(self) -> tuple[str, ...]:
+        """Where each query's answer came from: INDEX, L1 or REDIS."""
+        return tuple(pb.ServedFrom.Name(served) for served in self._answer.row_served_from)
+
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._answer.counts)
+
+    def __repr__(self) -> str:
+        return f"BatchSearchResult(ids={self.ids!r}, scores={self.scores!r})"
 
 
 @dataclass(frozen=True, slots=True)

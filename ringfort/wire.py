@@ -1,8 +1,9 @@
 """Python values to ringfort.v1 messages and back. Vectors travel packed, never as lists of floats."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,7 +19,7 @@ _INCLUDE_PARTS = frozenset({"attributes", "text", "vector"})
 _DTYPES = {pb.F32: "<f4", pb.F16: "<f2", pb.I8: "i1"}
 
 
-class NamedValues(Protocol[V_co]):
+class NamedValues(Hashable, Protocol[V_co]):
     """A protobuf enum."""
 
     def keys(self) -> Sequence[str]: ...
@@ -27,9 +28,15 @@ class NamedValues(Protocol[V_co]):
 
 def enum_value(enum: NamedValues[V_co], name: str, field: str) -> V_co:
     """The enum's value of that name, in any case; InvalidArgument says which names there are."""
-    if name.upper() not in enum.keys():  # noqa: SIM118  # an enum wrapper is no container
+    value: V_co | None = _values_of(enum).get(name.upper())
+    if value is None:
         raise InvalidArgument(f"{field}: {name!r} is none of {', '.join(enum.keys())}", field=field)
-    return enum.Value(name.upper())
+    return value
+
+
+@cache
+def _values_of(enum: Any) -> Mapping[str, Any]:
+    return {name: enum.Value(name) for name in enum.keys()}  # noqa: SIM118  # an enum wrapper is no container
 
 
 def to_value(value: AttributeValue, field: str) -> pb.Value:
@@ -89,6 +96,13 @@ def to_vector(vector: object, field: str) -> Vector:
     if not isinstance(vector, np.ndarray) or vector.ndim != 1 or vector.dtype.kind not in "fiu":
         raise InvalidArgument(f"{field}: a numpy array [dim] of numbers is needed", field=field)
     return np.ascontiguousarray(vector, dtype="<f4")
+
+
+def put_vector(into: pb.Matrix, vector: object, field: str) -> None:
+    """One vector [dim] into a message's matrix, as `to_vector` says."""
+    packed = to_vector(vector, field)
+    into.data = packed.tobytes()
+    into.rows, into.dim = 1, len(packed)
 
 
 def to_matrix(vectors: object, field: str) -> pb.Matrix:
@@ -170,7 +184,11 @@ def to_include(parts: Iterable[str] | None) -> pb.Include | None:
     """Which parts of a document to answer with; None leaves it to the service (attributes and text)."""
     if parts is None:
         return None
-    names = {parts} if isinstance(parts, str) else set(parts)
+    return _include(frozenset((parts,) if isinstance(parts, str) else parts))
+
+
+@cache
+def _include(names: frozenset[str]) -> pb.Include:
     if unknown := names - _INCLUDE_PARTS:
         raise InvalidArgument(
             f"include: {min(unknown)!r} is none of {', '.join(sorted(_INCLUDE_PARTS))}", field="include"

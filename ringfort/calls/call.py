@@ -1,9 +1,8 @@
 """A call that has been built and not been sent."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
-from typing import Generic, TypeVar, get_args
+from typing import Generic, NamedTuple, TypeVar, get_args
 
 from google.protobuf.message import Message
 
@@ -11,8 +10,7 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Call(Generic[M, T]):
+class Call(NamedTuple, Generic[M, T]):
     """One unary request, the type of its answer, and how that answer is read.
 
     Both clients send it, and whoever wants the answer's message itself (to print it, to forward it)

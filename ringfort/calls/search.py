@@ -41,7 +41,7 @@ def search(
     `read_after` waits for that write; `min_coverage` refuses an answer from fewer shards;
     `max_staleness_ms` allows a cached answer that old, `cache=False` none.
     """
-    if sum(query is not None for query in (text, vector, id)) != 1:
+    if (text is not None) + (vector is not None) + (id is not None) != 1:
         raise InvalidArgument("query: exactly one of text, vector and id is needed", field="query")
     request = pb.SearchRequest(
         collection=collection,
@@ -62,8 +62,8 @@ def search(
     elif id is not None:
         request.id = id
     else:
-        request.vector.CopyFrom(_matrix(vector, "vector"))
-    return Call("SearchService/Search", request, pb.SearchResponse, SearchResult.of)
+        wire.put_vector(request.vector, vector, "vector")
+    return Call("SearchService/Search", request, pb.SearchResponse, SearchResult)
 
 
 def batch_search(
@@ -103,7 +103,7 @@ def batch_search(
         max_staleness_ms=max_staleness_ms,
         cache=_cache(cache),
     )
-    return Call("SearchService/BatchSearch", request, pb.BatchSearchResponse, BatchSearchResult.of)
+    return Call("SearchService/BatchSearch", request, pb.BatchSearchResponse, BatchSearchResult)
 
 
 def recommend(
@@ -158,7 +158,7 @@ def recommend(
         max_staleness_ms=max_staleness_ms,
         cache=_cache(cache),
     )
-    return Call("SearchService/Recommend", request, pb.RecommendResponse, SearchResult.of)
+    return Call("SearchService/Recommend", request, pb.RecommendResponse, SearchResult)
 
 
 def _several(examples: Sequence[E], field: str) -> Sequence[E]:

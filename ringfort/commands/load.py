@@ -1,6 +1,5 @@
 """`load`: a file into a collection."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,7 +103,7 @@ def _find(client: "Client", name: str, *, json: bool) -> "CollectionInfo | None"
         reraise=True,
     )
     # Not repeatable: here the pauses are ours, so that each can be told.
-    call = replace(collection(name), repeatable=False)
+    call = collection(name)._replace(repeatable=False)
     try:
         return call.read(patiently(client.send, call))
     except NotFound:
