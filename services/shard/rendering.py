@@ -4,8 +4,7 @@ between two answers with the same document.
 Rendered rows are kept while they are asked for, bounded by bytes; a row never changes, so they stay good.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -56,9 +55,12 @@ class RenderedHits(NamedTuple):
 
     def body(self) -> bytes:
         """The field `hits` of a SearchResponse."""
-        raw = self.scores
-        pieces = ((row.head, raw[at : at + 4]) for row, at in zip(self.rows, itertools.count(0, 4)))
-        return b"".join(itertools.chain.from_iterable(pieces))
+        raw, at = self.scores, 0
+        pieces: list[bytes] = []
+        for row in self.rows:
+            pieces += row.head, raw[at : at + 4]
+            at += 4
+        return b"".join(pieces)
 
 
 class Rendering:
@@ -75,18 +77,21 @@ class Rendering:
         self._old: dict[int, RenderedRow] = {}
         self.young_bytes = 0
 
-    def rows(self, view: View, numbers: Sequence[int], include: Include) -> list[RenderedRow]:
-        """Rows of a part with the parts asked for, in order."""
+    def rows(
+        self, views: Sequence[View], parts: Iterable[int], rows: Sequence[int], include: Include
+    ) -> list[RenderedRow]:
+        """Rows with the parts of a document asked for, in order; `parts` are places in `views`."""
         if include.vector:
-            return [self._render(view, row, include) for row in numbers]
-        young, old = self._young, self._old
-        base = view.number << (_ROW_BITS + _INCLUDE_BITS) | include.attributes << 1 | include.text
+            return [self._render(views[part], row, include) for part, row in zip(parts, rows, strict=False)]
+        kind = include.attributes << 1 | include.text
+        bases = [view.number << (_ROW_BITS + _INCLUDE_BITS) | kind for view in views]
+        young = self._young
         rendered: list[RenderedRow] = []
-        for row in numbers:
-            key = base | row << _INCLUDE_BITS
+        for part, row in zip(parts, rows, strict=False):
+            key = bases[part] | row << _INCLUDE_BITS
             known = young.get(key)
             if known is None:
-                known = old.get(key) or self._render(view, row, include)
+                known = self._old.get(key) or self._render(views[part], row, include)
                 self._keep(key, known)
             rendered.append(known)
         return rendered

@@ -3,7 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from shard_router.errors import Overloaded
 
@@ -20,8 +20,7 @@ class _Waiting(Generic[T]):
     taken: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Piece(Generic[T]):
+class Piece(NamedTuple, Generic[T]):
     """Rows [start, stop) of one caller's queries."""
 
     item: T

@@ -1,12 +1,18 @@
-"""Searches of one replica: they wait together, share scans, and run in the search threads."""
+"""Searches of one replica: they wait together, share scans, and run in the search threads.
+
+What arrives in one turn of the event loop is handed over together. A search that is alone and known to be
+short is run by the event loop itself: waking a thread would take longer.
+"""
 
 import asyncio
 import logging
 import os
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import faiss
@@ -20,7 +26,7 @@ from services.shard.rendering import RenderedHits, Rendering
 from services.shard.search_queue import Piece, SearchQueue
 from services.shard.views import Ranking, Snapshot, View
 from shard_router import filters
-from shard_router.errors import DeadlineExceeded, Unavailable
+from shard_router.errors import DeadlineExceeded, Overloaded, Unavailable
 from shard_router.filters import Filter
 from shard_router.model import Attributes, Hit, Include, Metric
 
@@ -30,6 +36,12 @@ _QUEUE_ROWS = 8192
 #: Smallest number of neighbours looked for; above it powers of two, so that like calls share a scan.
 _LEAST_K = 10
 _NO_ATTRIBUTES: Attributes = {}
+#: Estimated work a thread is worth waking for, and the most that the event loop does itself.
+_JOB_MS, _LOOP_MS = 1.0, 0.3
+#: A query's estimated work before the first of its kind, and how fast later ones change that.
+_UNKNOWN_MS, _LEARNING = 1.0, 0.1
+#: Kinds of search whose work is remembered.
+_KINDS_MOST = 1_024
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +61,10 @@ class _Search:
     rendered: bool
     deadline: Deadline
     snapshot: Snapshot
+    #: Searches of the same kind share a scan.
+    kind: Hashable
+    #: Estimated work of one query.
+    query_ms: float
     answer: "asyncio.Future[list[Any]]"
     #: By query.
     hits: list[Any] = field(default_factory=list)
@@ -68,14 +84,17 @@ class Searches:
         #: Guards the queue and the count of jobs, which the search threads touch too.
         self._lock = threading.Lock()
         self._queue: SearchQueue[_Search] = SearchQueue(_QUEUE_ROWS)
+        self._queued_ms = 0.0
         self._jobs = 0
+        #: Of this turn of the event loop, handed over at its end.
+        self._arrived: list[_Search] = []
+        #: Work of one query by kind of search, learned.
+        self._query_ms: dict[Hashable, float] = {}
         #: Unanswered, in order of arrival.
         self._open: dict[_Search, None] = {}
         #: Goes off at the earliest deadline that was seen since it was set.
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at_s = 0.0
-        #: The searches of one turn of the event loop are handed over together, at its end.
-        self._hand_over_is_due = False
         self._closed = False
         self._settled = asyncio.Event()
         self.searches = self.queries = self.batches = 0
@@ -83,7 +102,7 @@ class Searches:
     @property
     def waiting_rows(self) -> int:
         """Queries that wait for a thread."""
-        return self._queue.rows
+        return self._queue.rows + sum(len(search.queries) for search in self._arrived)
 
     async def search(
         self,
@@ -112,16 +131,14 @@ class Searches:
         count = len(queries)
         if not count:
             return []
+        kind = (None if filter is None else filters.digest(filter), exact, effort, wanted)
         search = _Search(
             queries, k, wanted, filter, exact, effort, include, exclude, rendered, deadline, snapshot,
-            self._loop.create_future(), [None] * count, count,
+            kind, self._query_ms.get(kind, _UNKNOWN_MS), self._loop.create_future(), [None] * count, count,
         )  # fmt: skip
-        key = (None if filter is None else filters.digest(filter), exact, effort, wanted)
-        with self._lock:
-            self._queue.put(key, search, count)
-        if not self._hand_over_is_due:
-            self._hand_over_is_due = True
+        if not self._arrived:
             self._loop.call_soon(self._hand_over)
+        self._arrived.append(search)
         self.searches += 1
         self.queries += count
         self._open[search] = None
@@ -136,9 +153,11 @@ class Searches:
         """Fail what waits, and return when no thread is searching."""
         self._closed = True
         with self._lock:
-            waiting = list(self._queue.drain())
+            waiting = self._arrived + list(self._queue.drain())
+            self._queued_ms = 0.0
             if not self._jobs:
                 self._settled.set()
+        self._arrived.clear()
         for search in waiting:
             self._fail(search, Unavailable("the replica is closing"))
         await self._settled.wait()
@@ -146,18 +165,33 @@ class Searches:
             self._alarm.cancel()
 
     def _hand_over(self) -> None:
-        """Give what waits to as many threads as may search."""
-        self._hand_over_is_due = False
-        left: Iterable[_Search] = ()
+        """Give what arrived to as many threads as it is worth, or do it here."""
+        arrived = self._arrived[:]
+        self._arrived.clear()
+        if len(arrived) == 1 and not self._jobs:
+            [search] = arrived
+            if len(search.queries) * search.query_ms <= _LOOP_MS:
+                if not search.answer.done():
+                    self._deliver(*self._searched([Piece(search, 0, len(search.queries))]))
+                return
+        refused: dict[_Search, Exception] = {}
         with self._lock:
-            try:
-                for _ in range(min(self._most_jobs - self._jobs, self._queue.rows)):
+            for search in arrived:
+                try:
+                    self._queue.put(search.kind, search, len(search.queries))
+                    self._queued_ms += len(search.queries) * search.query_ms
+                except Overloaded as full:
+                    refused[search] = full
+            while self._jobs < self._most_jobs and self._queued_ms > self._jobs * _JOB_MS:
+                try:
                     self._threads.submit(self._work)
-                    self._jobs += 1
-            except RuntimeError:  # the threads were shut down
-                left = self._queue.drain()
-        for search in left:
-            self._fail(search, Unavailable("the replica is closing"))
+                except RuntimeError:  # the threads were shut down
+                    closing = Unavailable("the replica is closing")
+                    refused |= dict.fromkeys(self._queue.drain(), closing)
+                    break
+                self._jobs += 1
+        for search, error in refused.items():
+            self._fail(search, error)
 
     def _set_alarm(self, at_s: float, left_s: float) -> None:
         if self._alarm is not None:
@@ -179,19 +213,12 @@ class Searches:
     def _work(self) -> None:
         """Search one batch in this thread, then go to the back of the line of jobs if more waits."""
         with self._lock:
-            pieces = self._queue.take(self._most_jobs)
-        late = [piece for piece in pieces if piece.item.deadline.left_s() <= 0]
-        pieces = [piece for piece in pieces if not piece.item.answer.done() and piece not in late]
-        hits: list[Any] = []
-        failure: Exception | None = None
+            pieces = self._queue.take(self._jobs)
+            self._queued_ms -= sum((piece.stop - piece.start) * piece.item.query_ms for piece in pieces)
+        # Those who are late were told so when it happened, like those who left.
+        pieces = [piece for piece in pieces if not piece.item.answer.done()]
         if pieces:
-            try:
-                hits = self._search(pieces)
-            except Exception as error:
-                log.exception("a batch of %d searches failed", len(pieces))
-                failure = error
-        if pieces or late:
-            self._loop.call_soon_threadsafe(self._deliver, pieces, hits, failure, late)
+            self._loop.call_soon_threadsafe(self._deliver, *self._searched(pieces))
         left: list[_Search] = []
         with self._lock:
             if self._queue.rows:
@@ -200,12 +227,33 @@ class Searches:
                     return
                 except RuntimeError:  # the threads were shut down: nobody else will come
                     left = list(self._queue.drain())
+            self._queued_ms = 0.0
             self._jobs -= 1
             settled = self._closed and not self._jobs
         for search in left:
             self._loop.call_soon_threadsafe(self._fail, search, Unavailable("the replica is closing"))
         if settled:
             self._loop.call_soon_threadsafe(self._settled.set)
+
+    def _searched(
+        self, pieces: Sequence[Piece[_Search]]
+    ) -> tuple[Sequence[Piece[_Search]], list[Any], Exception | None]:
+        """The pieces, and the hits of their rows or why there are none."""
+        began_s = time.thread_time()
+        try:
+            hits = self._search(pieces)
+        except Exception as error:
+            log.exception("a batch of %d searches failed", len(pieces))
+            return pieces, [], error
+        self._learn(pieces[0].item.kind, (time.thread_time() - began_s) * 1e3 / len(hits))
+        return pieces, hits, None
+
+    def _learn(self, kind: Hashable, query_ms: float) -> None:
+        """Remember what a query of that kind took."""
+        known = self._query_ms.get(kind)
+        if known is None and len(self._query_ms) >= _KINDS_MOST:
+            self._query_ms.clear()
+        self._query_ms[kind] = query_ms if known is None else known + _LEARNING * (query_ms - known)
 
     def _search(self, pieces: Sequence[Piece[_Search]]) -> list[Any]:
         """The hits of every row of the pieces, in order."""
@@ -240,12 +288,9 @@ class Searches:
         pieces: Sequence[Piece[_Search]],
         hits: Sequence[Any],
         failure: Exception | None,
-        late: Sequence[Piece[_Search]],
     ) -> None:
         """Hand a batch's hits to its callers; on the event loop."""
-        self.batches += bool(pieces)
-        for piece in late:
-            self._fail(piece.item, DeadlineExceeded("shard search"))
+        self.batches += 1
         first = 0
         for piece in pieces:
             search, rows = piece.item, piece.stop - piece.start
@@ -270,21 +315,16 @@ class _Found:
     def __init__(self, ranking: Ranking, rendering: Rendering) -> None:
         self._ranking, self._rendering = ranking, rendering
         self._rows: list[list[int]] = ranking.rows.tolist()
-        #: Places in the ranking's views; not looked at where there is only one.
-        self._parts: list[list[int]] = ranking.parts.tolist() if len(ranking.views) > 1 else []
+        self._parts: Sequence[Iterable[int]] = (
+            ranking.parts.tolist() if len(ranking.views) > 1 else [repeat(0)] * len(self._rows)
+        )
 
     def rendered(self, query: int, k: int, include: Include, exclude: frozenset[str]) -> RenderedHits:
         """The best k as they go on the wire."""
         ranking = self._ranking
         count = min(k + len(exclude), ranking.counts[query])
         rows, scores = self._rows[query][:count], ranking.scores[query]
-        if not self._parts:
-            hits = self._rendering.rows(ranking.views[0], rows, include) if count else []
-        else:
-            hits = [
-                self._rendering.rows(ranking.views[part], (row,), include)[0]
-                for part, row in zip(self._parts[query], rows, strict=False)
-            ]
+        hits = self._rendering.rows(ranking.views, self._parts[query], rows, include)
         if exclude:
             kept = [at for at, hit in enumerate(hits) if hit.id not in exclude][:k]
             return RenderedHits([hits[at] for at in kept], scores[kept].tobytes())
@@ -294,9 +334,8 @@ class _Found:
         """The best k as values."""
         ranking = self._ranking
         rows = self._rows[query][: min(k + len(exclude), ranking.counts[query])]
-        parts = self._parts[query] if self._parts else [0] * len(rows)
         hits: list[Hit] = []
-        for part, row, score in zip(parts, rows, ranking.scores[query].tolist(), strict=False):
+        for part, row, score in zip(self._parts[query], rows, ranking.scores[query].tolist(), strict=False):
             view = ranking.views[part]
             if len(hits) < k and view.id_at(row) not in exclude:
                 hits.append(_hit(view, row, score, include))

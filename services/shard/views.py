@@ -196,8 +196,8 @@ class Snapshot:
             scores, rows = np.concatenate(all_scores, axis=1), np.concatenate(all_rows, axis=1)
             order = np.argsort(-scores, axis=1, kind="stable")
             parts = order // width
-            scores = np.take_along_axis(scores, order, axis=1)
-            rows = np.take_along_axis(rows, order, axis=1)
+            order += np.arange(0, scores.size, scores.shape[1])[:, None]
+            scores, rows = scores.take(order), rows.take(order)
         else:
             scores = np.zeros((len(queries), 0), np.float32)
             rows = parts = np.zeros((len(queries), 0), np.int64)
