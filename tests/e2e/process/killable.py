@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -23,11 +25,13 @@ GONE_WITHIN_S = 10.0
 class Killable:
     """One service at a time on a data directory, always at the same address `grpc`.
 
-    A context manager: what is left at its end, orphans included, is killed.
+    A context manager: what is left at its end, orphans included, is killed. `env` is added to every
+    service's environment.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, env: Mapping[str, str] | None = None) -> None:
         self.data_dir = data_dir
+        self._env = env
         self.grpc = f"127.0.0.1:{free_port(random.Random())}"
         self._up: Up | None = None
         #: Every server that was seen running, to be ended whoever its parent is by then.
@@ -55,7 +59,7 @@ class Killable:
 
     def start(self) -> None:
         """A service that is ready."""
-        self._up = Up.start(self.data_dir, "--grpc", self.grpc)
+        self._up = Up.start(self.data_dir, "--grpc", self.grpc, env=self._env)
         self._see_children()
 
     def start_and_kill(self, after_s: float) -> None:
@@ -63,7 +67,10 @@ class Killable:
         command = [sys.executable, "-m", "services", "up", "--data-dir", str(self.data_dir)]
         with self.data_dir.with_name("cut-short.stderr").open("ab") as stderr:
             process = subprocess.Popen(
-                [*command, "--grpc", self.grpc, "--http", "127.0.0.1:0"], cwd=ROOT, stderr=stderr
+                [*command, "--grpc", self.grpc, "--http", "127.0.0.1:0"],
+                cwd=ROOT,
+                env={**os.environ, **(self._env or {})},
+                stderr=stderr,
             )
         time.sleep(after_s)
         process.kill()

@@ -3,24 +3,38 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from random import Random
 
+import brute_force
 import numpy as np
 
 from ringfort import Client
-from ringfort.documents import WriteToken
+from ringfort.documents import Patch, WriteToken
 from ringfort.errors import DeadlineExceeded, Unavailable
+from shard_router.model import AttributeType
 
 COLLECTION = "ledger"
 DIM = 8
+SCHEMA = {"number": AttributeType.INT}
 #: So few that one search can answer with all of them.
 IDS = [f"document-{n}" for n in range(900)]
 #: A write that nobody acknowledges for so long is lost.
 ACKNOWLEDGED_WITHIN_S = 60.0
+#: What a search that is not exact has to find, of all that it was asked for in one comparison.
+LEAST_RECALL = 0.95
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A document as it was last acknowledged."""
+
+    number: int
+    vector: np.ndarray
 
 
 class Ledger(threading.Thread):
-    """Upserts and deletes without end, each repeated until it is acknowledged.
+    """Upserts, patches and deletes without end, each repeated until it is acknowledged.
 
     So whenever no write is under way the collection has to be exactly what is written here: neither an
     acknowledged document lost, nor an old version or a deleted document come back.
@@ -29,22 +43,25 @@ class Ledger(threading.Thread):
     def __init__(self, client: Client, rng: Random) -> None:
         super().__init__(name="ledger", daemon=True)
         self._client, self._rng = client, rng
+        self._vectors = np.random.default_rng(rng.getrandbits(32))
         #: Held while a write is under way.
         self._writing = threading.Lock()
         self._over = threading.Event()
         self._token = WriteToken()
-        #: Every document that there is, and the number it was last written with.
-        self.documents: dict[str, int] = {}
+        #: Every document that there is.
+        self.documents: dict[str, Entry] = {}
         self.writes = 0
         self.failure: BaseException | None = None
-        client.create_collection(COLLECTION, dim=DIM, attributes={"number": "int"})
+        client.create_collection(COLLECTION, dim=DIM, attributes={"number": "int"}, shards=2)
 
     def run(self) -> None:
         """Writes until `close`, or until a write fails in a way that it should not."""
+        kinds = {self._upsert: 6, self._delete: 2, self._patch: 2, self._delete_matching: 1}
         try:
             while not self._over.is_set():
                 with self._writing:
-                    self._delete() if self._rng.random() < 0.3 else self._upsert()
+                    [write] = self._rng.choices(list(kinds), list(kinds.values()))
+                    write()
                     self.writes += 1
         except BaseException as error:
             self.failure = error
@@ -59,24 +76,49 @@ class Ledger(threading.Thread):
         """Between two writes: the service has exactly what is written here, by every way of asking."""
         with self._writing:
             assert self.failure is None
-            stored = {
-                document.id: document.attributes["number"]
-                for document in self._client.scan(COLLECTION, include=["attributes"])
-            }
-            assert stored == self.documents
-            assert self._client.count(COLLECTION) == len(self.documents)
-            hits = self._client.search(
-                COLLECTION, vector=np.ones(DIM, np.float32), k=1_000, exact=True, read_after=self._token
-            )
-            assert {hit.id: hit.attributes["number"] for hit in hits} == self.documents
+            documents = self.documents
+            stored = list(self._client.scan(COLLECTION, include=["attributes", "vector"]))
+            assert {document.id for document in stored} == documents.keys()
+            for document in stored:
+                entry = documents[document.id]
+                assert document.attributes["number"] == entry.number, document.id
+                np.testing.assert_array_equal(document.vector, entry.vector)
+            assert self._client.count(COLLECTION) == len(documents)
+            large = sum(entry.number > 1_000 for entry in documents.values())
+            assert self._client.count(COLLECTION, filter="number > 1000") == large
+            self._compare_searches()
+
+    def _compare_searches(self) -> None:
+        ids, numbers = list(self.documents), {id: entry.number for id, entry in self.documents.items()}
+        if not ids:
+            return
+        vectors = np.stack([entry.vector for entry in self.documents.values()])
+        wanted = found = 0
+        for query in self._vectors.normal(size=(3, DIM)).astype(np.float32):
+            scores = brute_force.scores("cosine", query, vectors)
+            for k in (10, 1_000):
+                best = set(brute_force.best(scores, ids, k))
+                for exact in (True, False):
+                    hits = self._client.search(
+                        COLLECTION, vector=query, k=k, exact=exact, read_after=self._token, cache=False
+                    )
+                    told = {hit.id: hit.attributes["number"] for hit in hits}
+                    assert told.items() <= numbers.items()
+                    assert len(told) == len(best)
+                    assert not exact or told.keys() == best
+                    wanted, found = wanted + len(best), found + len(best & told.keys())
+        assert found >= LEAST_RECALL * wanted, (found, wanted)
 
     def _upsert(self) -> None:
         ids = self._rng.sample(IDS, self._rng.randrange(1, 60))
-        vectors = np.random.default_rng(self._rng.getrandbits(32)).normal(size=(len(ids), DIM))
-        numbers = {id: self.writes * len(IDS) + n for n, id in enumerate(ids)}
+        vectors = self._vectors.normal(size=(len(ids), DIM)).astype(np.float32)
+        entries = {
+            id: Entry(self.writes * len(IDS) + n, vector)
+            for n, (id, vector) in enumerate(zip(ids, vectors, strict=True))
+        }
         documents = [
-            {"id": id, "vector": vector.astype(np.float32), "attributes": {"number": numbers[id]}}
-            for id, vector in zip(ids, vectors, strict=True)
+            {"id": id, "vector": entry.vector, "attributes": {"number": entry.number}}
+            for id, entry in entries.items()
         ]
 
         def write() -> None:
@@ -85,7 +127,22 @@ class Ledger(threading.Thread):
             self._token |= result.token
 
         _until_acknowledged(write)
-        self.documents |= numbers
+        self.documents |= entries
+
+    def _patch(self) -> None:
+        ids = [id for id in self._rng.sample(IDS, 20) if id in self.documents]
+        if not ids:
+            return
+        patches = [Patch(id, {"number": -self.writes}) for id in ids]
+
+        def write() -> None:
+            result = self._client.patch(COLLECTION, patches)
+            assert result.failures == ()
+            self._token |= result.token
+
+        _until_acknowledged(write)
+        for id in ids:
+            self.documents[id] = replace(self.documents[id], number=-self.writes)
 
     def _delete(self) -> None:
         ids = self._rng.sample(IDS, self._rng.randrange(1, 30))
@@ -96,6 +153,18 @@ class Ledger(threading.Thread):
         _until_acknowledged(write)
         for id in ids:
             self.documents.pop(id, None)
+
+    def _delete_matching(self) -> None:
+        low = self._rng.randrange(max(1, self.writes)) * len(IDS)
+
+        def write() -> None:
+            filter = f"number >= {low} and number < {low + 15}"
+            self._token |= self._client.delete(COLLECTION, filter=filter).token
+
+        _until_acknowledged(write)
+        self.documents = {
+            id: entry for id, entry in self.documents.items() if not low <= entry.number < low + 15
+        }
 
 
 def _until_acknowledged(write: Callable[[], None]) -> None:
