@@ -266,6 +266,11 @@ def state(name: str) -> Text:
     return Text(name, style=_STATE_STYLES.get(name.lower(), "yellow"))
 
 
+def _explained(name: str, detail: str) -> Text:
+    """A state, and below it what it means here."""
+    return Text.assemble(state(name), (f"\n{detail}", "dim")) if detail else state(name)
+
+
 def describe(answer: pb.DescribeResponse) -> RenderableType:
     """The release, the parts and every replica."""
     head = Text(f"ringfort {answer.version}", style="bold")
@@ -280,7 +285,7 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
     for column in ("shard", "replica"):
         replicas.add_column(column, justify="right")
     replicas.add_column("state")
-    for column in ("documents", "segments", "memtable", "position", "behind"):
+    for column in ("documents", "segments", "memtable", "pending", "position", "behind"):
         replicas.add_column(column, justify="right")
     for each in answer.collections:
         for replica in each.replicas:
@@ -288,10 +293,11 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
                 Text(each.name),
                 str(replica.shard),
                 str(replica.replica),
-                state(replica.state),
+                _explained(replica.state, replica.detail),
                 f"{replica.documents:,}",
                 f"{replica.segments:,}",
                 f"{replica.memtable_rows:,}",
+                f"{replica.pending_rows:,}",
                 f"{replica.position:,}",
                 f"{max(0, each.watermark - replica.position):,}",
             )

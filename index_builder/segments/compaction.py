@@ -38,3 +38,16 @@ def choose(segments: Sequence[SegmentFacts]) -> tuple[int, ...]:
         if len(chosen) == FACTOR and sum(segment.live for segment in chosen) <= MAX_ROWS:
             return tuple(segment.number for segment in chosen)
     return ()
+
+
+def debt(segments: Sequence[SegmentFacts]) -> int:
+    """How many rows `choose` will have rewritten before it finds nothing more to do."""
+    left, rows = list(segments), 0
+    while numbers := choose(left):
+        live = sum(segment.live for segment in left if segment.number in numbers)
+        first = next(place for place, segment in enumerate(left) if segment.number in numbers)
+        kept = [segment for segment in left if segment.number not in numbers]
+        if live:
+            kept.insert(first, SegmentFacts(numbers[0], live, live))
+        left, rows = kept, rows + max(live, 1)
+    return rows

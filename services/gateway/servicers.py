@@ -337,16 +337,28 @@ class ClusterService:
     def _status(served: Served) -> pb.CollectionStatus:
         replicas = []
         for shard, replica in served.replicas.items():
-            told = replica.describe()
+            told, (state, detail) = replica.describe(), replica.condition()
             replicas.append(
                 pb.Replica(
                     shard=shard,
                     endpoint="in-process",
-                    state="serving",
+                    state=state,
+                    detail=detail,
                     position=int(told["position"]),
                     documents=int(told["documents"]),
                     segments=int(told["segments"]),
                     memtable_rows=int(told["memtable_rows"]),
+                    pending_rows=int(told["pending_rows"]),
+                    segment_status=[
+                        pb.SegmentStatus(
+                            name=each.name,
+                            kind=each.kind,
+                            rows=each.rows,
+                            live=each.live,
+                            bytes=each.size_bytes,
+                        )
+                        for each in replica.segments()
+                    ],
                 )
             )
         return pb.CollectionStatus(

@@ -13,12 +13,24 @@ from typing import TypeVar
 
 import numpy as np
 
+from index_builder.segments import compaction
 from index_builder.segments.merge import merge, merge_in_child
 from index_builder.segments.segment import Segment
 from services.shard.layout import Layout
 from services.shard.memtable import Memtable
 from services.shard.shelf import Shelf
-from services.shard.state import Done, Event, Failed, FileState, Freeze, Froze, Looked, Rewrite, Seal
+from services.shard.state import (
+    QUIET_ROWS,
+    Done,
+    Event,
+    Failed,
+    FileState,
+    Freeze,
+    Froze,
+    Looked,
+    Rewrite,
+    Seal,
+)
 from shard_router.model import Collection
 
 log = logging.getLogger(__name__)
@@ -46,6 +58,14 @@ class FileWork:
     def backlog(self) -> int:
         """Frozen memtables that lie in no segment yet."""
         return len(self._state.frozen)
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows that wait to be sealed or rewritten."""
+        waiting = sum(self._layout.part(number).rows for number in self._state.frozen)
+        if self._layout.open_rows >= QUIET_ROWS:
+            waiting += self._layout.open_rows
+        return waiting + compaction.debt(self._layout.facts())
 
     def froze(self, number: int) -> None:
         """A memtable filled up: have it sealed."""

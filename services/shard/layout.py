@@ -39,6 +39,17 @@ class Part:
         return len(self.live)
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentStatus:
+    """What people are told of a segment; `live` rows are neither superseded nor deleted."""
+
+    name: str
+    kind: str
+    rows: int
+    live: int
+    size_bytes: int
+
+
 class Layout:
     """The shard's documents in memory. Belongs to one thread; its snapshots go to any."""
 
@@ -192,6 +203,14 @@ class Layout:
         """What compaction chooses by, oldest first."""
         return [
             SegmentFacts(part.number, part.rows, part.rows - part.dead)
+            for part in self._parts.values()
+            if isinstance(part.body, Segment)
+        ]
+
+    def segment_status(self) -> list[SegmentStatus]:
+        """What to tell of the segments, oldest first."""
+        return [
+            SegmentStatus(part.body.name, "flat", part.rows, part.rows - part.dead, part.body.size_bytes)
             for part in self._parts.values()
             if isinstance(part.body, Segment)
         ]

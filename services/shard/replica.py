@@ -22,8 +22,8 @@ from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.filter_cache import FilterCache
-from services.shard.layout import Layout
 from services.shard.rendering import RenderedHits, Rendering
+from services.shard.layout import Layout, SegmentStatus
 from services.shard.searches import Searches
 from services.shard.shelf import Recovered, Shelf
 from services.shard.views import Snapshot
@@ -88,6 +88,8 @@ class Replica:
         self._written_at_s = time.monotonic()
         #: Why this replica cannot answer, once it cannot.
         self._down: str | None = None
+        #: Set once this replica is down for good, as when its log was exchanged: it has to be opened anew.
+        self.fell = asyncio.Event()
         self._counts = dict.fromkeys(("offers_applied", "offers_refused", "tail_reads"), 0)
 
     @classmethod
@@ -253,13 +255,22 @@ class Replica:
         await self._files.close()
 
     def describe(self) -> dict[str, float]:
-        """What ClusterService.Describe tells of a replica."""
+        """What ClusterService.Describe tells of a replica, in figures."""
         return {
             "documents": self._layout.documents,
             "segments": len(self._layout.segments),
             "memtable_rows": self._layout.memtable_rows,
+            "pending_rows": self._files.pending_rows,
             "position": self.position,
         }
+
+    def condition(self) -> tuple[str, str]:
+        """`serving`, or what else is the matter, and why."""
+        return ("serving", "") if self._down is None else ("down", self._down)
+
+    def segments(self) -> list[SegmentStatus]:
+        """What this replica's segments are, oldest first."""
+        return self._layout.segment_status()
 
     def stats(self) -> dict[str, float]:
         """Figures for the metrics."""
@@ -360,6 +371,7 @@ class Replica:
         """Stop answering for good: this replica has to be opened anew."""
         log.error("replica of %s is down: %s", self._name, why)
         self._down = why
+        self.fell.set()
         self._release_waiters()
 
     def _release_waiters(self) -> None:

@@ -73,6 +73,41 @@ class Limits(_message.Message):
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
+class SegmentStatus(_message.Message):
+    """One immutable part of a replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    kind: _builtins.str
+    """flat, hnsw or ivf."""
+    rows: _builtins.int
+    live: _builtins.int
+    """Rows that are neither superseded nor deleted."""
+    bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        rows: _builtins.int = ...,
+        live: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "kind", b"kind", "live", b"live", "name", b"name", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SegmentStatus: _TypeAlias = SegmentStatus  # noqa: Y015
+
+@_typing.final
 class Replica(_message.Message):
     """One copy of a shard."""
 
@@ -86,14 +121,28 @@ class Replica(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     SEGMENTS_FIELD_NUMBER: _builtins.int
     MEMTABLE_ROWS_FIELD_NUMBER: _builtins.int
+    PENDING_ROWS_FIELD_NUMBER: _builtins.int
+    SEGMENT_STATUS_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     replica: _builtins.int
     endpoint: _builtins.str
     state: _builtins.str
+    """serving; repairing (documents of a damaged segment are being read again, answers lack them);
+    disk_full (sealing pauses until there is room); down.
+    """
     position: _builtins.int
     documents: _builtins.int
     segments: _builtins.int
     memtable_rows: _builtins.int
+    pending_rows: _builtins.int
+    """Rows that wait to be sealed, merged or indexed; 0 once all upkeep is done."""
+    detail: _builtins.str
+    """What a state other than serving means here."""
+    @_builtins.property
+    def segment_status(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentStatus]:
+        """Oldest first."""
+
     def __init__(
         self,
         *,
@@ -105,10 +154,13 @@ class Replica(_message.Message):
         documents: _builtins.int = ...,
         segments: _builtins.int = ...,
         memtable_rows: _builtins.int = ...,
+        pending_rows: _builtins.int = ...,
+        segment_status: _abc.Iterable[Global___SegmentStatus] | None = ...,
+        detail: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "endpoint", b"endpoint", "memtable_rows", b"memtable_rows", "position", b"position", "replica", b"replica", "segments", b"segments", "shard", b"shard", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "documents", b"documents", "endpoint", b"endpoint", "memtable_rows", b"memtable_rows", "pending_rows", b"pending_rows", "position", b"position", "replica", b"replica", "segment_status", b"segment_status", "segments", b"segments", "shard", b"shard", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

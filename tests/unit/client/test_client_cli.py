@@ -266,7 +266,9 @@ def test_cluster_describe(fake: FakeService, run: Any) -> None:
             pb.CollectionStatus(
                 name="packages",
                 watermark=1200,
-                replicas=[pb.Replica(shard=1, state="serving", position=1000, documents=14690)],
+                replicas=[
+                    pb.Replica(shard=1, state="serving", position=1000, documents=14690, pending_rows=4096)
+                ],
             )
         ],
     )
@@ -274,8 +276,17 @@ def test_cluster_describe(fake: FakeService, run: Any) -> None:
     lines = run("cluster", "describe").lines
     assert lines[0] == "ringfort 0.1.0  embedded · up 1 h 2 min"
     assert lines[3].split() == ["postgres", "up", "18.6"]
-    assert lines[6].split() == ["packages", "1", "0", "serving", "14,690", "0", "0", "1,000", "200"]
+    assert lines[6].split() == ["packages", "1", "0", "serving", "14,690", "0", "0", "4,096", "1,000", "200"]
     assert lines[-1] == "k ≤ 1,000"
+
+
+def test_cluster_describe_says_what_is_wrong_with_a_replica(fake: FakeService, run: Any) -> None:
+    replica = pb.Replica(state="disk_full", detail="No space left on device")
+    answer = pb.DescribeResponse(collections=[pb.CollectionStatus(name="packages", replicas=[replica])])
+    _answer(fake, "ClusterService/Describe", answer)
+    told = " ".join(run("cluster", "describe").lines)
+    assert "disk_full" in told
+    assert "No space left on device" in told
 
 
 def test_cluster_cache(fake: FakeService, run: Any) -> None:
