@@ -15,10 +15,14 @@ def slot_of(id: str, slots: int) -> int:
     return xxh3_64_intdigest(id.encode()) % slots
 
 
+def hashes_of(ids: Iterable[bytes]) -> np.ndarray:
+    """xxh3_64 of each id's UTF-8, uint64 [n]."""
+    return np.fromiter(map(xxh3_64_intdigest, ids), dtype=np.uint64)
+
+
 def slots_of(ids: Iterable[str], slots: int) -> np.ndarray:
     """slot_of of each id, int32 [n]."""
-    hashes = np.fromiter((xxh3_64_intdigest(id.encode()) for id in ids), dtype=np.uint64)
-    return (hashes % np.uint64(slots)).astype(np.int32)
+    return (hashes_of(id.encode() for id in ids) % np.uint64(slots)).astype(np.int32)
 
 
 def digest(*parts: bytes) -> bytes:

@@ -1,13 +1,15 @@
 """Files that are whole or absent: written beside their place, forced to disk, then renamed into it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 import xxhash
 
 _CHUNK_BYTES = 1 << 20
+#: A large file is forced to disk in pieces: one long flush would hold up everybody else's small ones.
+_SYNC_BYTES = 16 << 20
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -19,23 +21,32 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 def write(path: Path, buffers: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a file and force it to disk. OSError where the disk is full or fails."""
-    digest, size_bytes = xxhash.xxh3_128(), 0
+    digest, size_bytes, synced_bytes = xxhash.xxh3_128(), 0, 0
     with path.open("wb") as file:
         for buffer in buffers:
             digest.update(buffer)
             size_bytes += file.write(buffer)
+            if size_bytes - synced_bytes >= _SYNC_BYTES:
+                file.flush()
+                os.fdatasync(file.fileno())
+                synced_bytes = size_bytes
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(size_bytes, digest.digest())
 
 
-def record(path: Path) -> FileRecord:
-    """What the file looks like now. OSError where it cannot be read."""
+def record(path: Path, pace: Callable[[int], None] | None = None) -> FileRecord:
+    """What the file looks like now. OSError where it cannot be read.
+
+    `pace` is told of every piece that was read, in bytes.
+    """
     digest, size_bytes = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size_bytes += len(chunk)
+            if pace is not None:
+                pace(len(chunk))
     return FileRecord(size_bytes, digest.digest())
 
 

@@ -9,17 +9,20 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import faiss
 import msgspec
 import numpy as np
 
+from index_builder.segments.contents import Draft
 from index_builder.segments.segment import Segment
 from shard_router.model import AttributeType, Schema
 
 _NICE = 10
+#: Vectors copied at once.
+_BLOCK_ROWS = 4096
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -35,15 +38,23 @@ def merge(directory: Path, sources: Sequence[tuple[Segment, np.ndarray]], schema
     sources: segments of one metric and dimension, each with row numbers int64 [n]. OSError where the
     disk is full or fails; nothing is left behind then.
     """
-    rows = [segment.log_row(row) for segment, picks in sources for row in picks.tolist()]
-    if not rows:
+    if not any(len(picks) for _, picks in sources):
         return None
-    vectors = np.concatenate([segment.vectors[picks] for segment, picks in sources])
+    draft = Draft.joined([(segment.contents, picks) for segment, picks in sources], schema)
     covers = (
         min(segment.covers[0] for segment, _ in sources),
         max(segment.covers[1] for segment, _ in sources),
     )
-    return Segment.write(directory, rows, vectors, sources[0][0].metric, schema, covers=covers)
+    metric = sources[0][0].metric
+    return Segment.write_draft(directory, draft, _vectors(sources), metric, schema, covers=covers)
+
+
+def _vectors(sources: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[np.ndarray]:
+    """The picked vectors, a block at a time, without keeping what was read in memory."""
+    for segment, picks in sources:
+        for start in range(0, len(picks), _BLOCK_ROWS):
+            yield segment.vectors[picks[start : start + _BLOCK_ROWS]]
+        segment.release_vectors()
 
 
 async def merge_in_child(

@@ -12,8 +12,7 @@ It is written under another name, forced to disk and renamed, so it is whole or 
 
 import mmap
 import shutil
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,16 @@ import msgspec
 import numpy as np
 
 from index_builder.segments import files, frame, similarity
+from index_builder.segments.contents import Contents, Draft
 from index_builder.segments.files import FileRecord
 from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from index_builder.segments.quantized import QuantizedIndex, candidates_for
 from index_builder.segments.row_set import RowSet
-from shard_router.columns import Columns
 from shard_router.errors import SegmentCorrupt
-from shard_router.model import LogRow, Metric, Schema, Version
+from shard_router.model import LogRow, Metric, Schema
 
 _MAGIC, _FORMAT = b"RFSG", 1
 _HEADER, _VECTORS, _ARRAYS, _INDEX = "header", "vectors", "arrays", "index"
-_COLUMN = "column:"
 _ALIGN_BYTES = 64
 #: Where a smaller share of rows is allowed, scoring just those is cheaper than passing over all codes.
 _SCAN_SHARE = 1 / 50
@@ -63,28 +61,20 @@ class Segment:
         self,
         directory: Path,
         header: _Header,
-        arrays: Mapping[str, np.ndarray],
-        vectors: np.ndarray,
+        contents: Contents,
+        vectors: mmap.mmap,
         index: QuantizedIndex | None,
-        schema: Schema,
     ) -> None:
         self.directory, self.rows, self.dim = directory, header.rows, header.dim
         self.metric, self.covers = header.metric, header.covers
         #: float32 [rows, dim], as prepared for the metric.
-        self.vectors = vectors
-        #: int64 [rows, 2]: term, seq.
-        self.versions = arrays["versions"]
-        #: int32 [rows].
-        self.slots = arrays["slots"]
-        self.columns = Columns.from_arrays(
-            {name[len(_COLUMN) :]: array for name, array in arrays.items() if name.startswith(_COLUMN)},
-            schema,
-            header.rows,
-        )
-        self._ids, self._id_ends = arrays["ids"], arrays["id_ends"]
-        self._texts, self._text_ends = arrays["texts"], arrays["text_ends"]
-        self._has_text = arrays["has_text"]
+        self.vectors = np.frombuffer(vectors, "<f4").reshape(header.rows, header.dim)
+        self._map = vectors
+        self.contents = contents
+        self.columns = contents.columns
+        self.id_at, self.version_at, self.text_at = contents.id_at, contents.version_at, contents.text_at
         self._index = index
+        self._files = header.files
         self.size_bytes = sum(file.size_bytes for file in header.files.values())
 
     @property
@@ -108,27 +98,43 @@ class Segment:
         vectors: float32 [rows, dim], prepared. covers: the positions (after, upto] they come from.
         OSError where the disk is full or fails; nothing is left behind then. ValueError for no rows.
         """
-        if not rows:
+        return cls.write_draft(directory, Draft.of(rows, schema), [vectors], metric, schema, covers=covers)
+
+    @classmethod
+    def write_draft(
+        cls,
+        directory: Path,
+        draft: Draft,
+        vectors: Iterable[np.ndarray],
+        metric: Metric,
+        schema: Schema,
+        *,
+        covers: tuple[int, int],
+    ) -> "Segment":
+        """`write`, of arrays that are made already and of vectors that come in blocks, float32 [n, dim]."""
+        if not draft.rows:
             raise ValueError("a segment has at least one row")
-        draft = directory.with_name(f".{directory.name}.part")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        beside = directory.with_name(f".{directory.name}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
         try:
-            _write(draft, rows, vectors, metric, schema, covers)
-            files.sync(draft)
-            draft.rename(directory)
+            _write(beside, draft, vectors, metric, covers)
+            files.sync(beside)
+            beside.rename(directory)
             files.sync(directory.parent)
         except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             raise
         return cls.open(directory, schema, verify=False)
 
     @classmethod
     def open(cls, directory: Path, schema: Schema, verify: bool) -> "Segment":
-        """Map a segment. With `verify`, every byte is read and compared with its checksum first.
+        """Map a segment.
 
-        Attributes the schema gained since it was written read as null. SegmentCorrupt where a file is
-        missing, of another size, or (verified) of other bytes than were written.
+        With `verify`, everything but the vectors is read and compared with its checksum first: damage
+        there could misname a document or lead the index astray, in vectors it can only misjudge one until
+        `verify` has read them too. Attributes the schema gained since it was written read as null.
+        SegmentCorrupt where a file is missing, of another size, or of other bytes than were written.
         """
         try:
             header = msgspec.msgpack.decode(
@@ -138,8 +144,8 @@ class Segment:
             for name, expected in header.files.items():
                 if (directory / name).stat().st_size != expected.size_bytes:
                     raise SegmentCorrupt(str(directory), f"{name} is not of {expected.size_bytes} bytes")
-                if verify and files.record(directory / name) != expected:
-                    raise SegmentCorrupt(str(directory), f"the checksum of {name} does not match")
+                if verify and name != _VECTORS:
+                    _verify(directory, name, expected)
             arrays = {
                 name: np.frombuffer(
                     buffer, place.dtype, int(np.prod(place.shape)), place.offset_bytes
@@ -147,13 +153,13 @@ class Segment:
                 for buffer in [_map(directory / _ARRAYS)]
                 for name, place in header.arrays.items()
             }
-            vectors = np.frombuffer(_map(directory / _VECTORS), "<f4").reshape(header.rows, header.dim)
             index = None
             if _INDEX in header.files:
                 index = QuantizedIndex.open(directory / _INDEX, header.metric)
                 if index.shape != (header.rows, header.dim):
                     raise SegmentCorrupt(str(directory), f"the index is of {index.shape}")
-            return cls(directory, header, arrays, vectors, index, schema)
+            contents = Contents(arrays, schema, header.rows)
+            return cls(directory, header, contents, _map(directory / _VECTORS), index)
         except (OSError, ValueError, KeyError, RuntimeError, msgspec.MsgspecError) as error:
             raise SegmentCorrupt(str(directory), str(error)) from error
 
@@ -191,29 +197,30 @@ class Segment:
             found[i], rows[i] = values[top], candidates[top]
         return found, rows
 
+    def verify(self, pace: Callable[[int], None] | None = None) -> None:
+        """Read every byte and compare it with its checksum; SegmentCorrupt where one differs.
+
+        `pace` is told how many bytes were read, again and again; it may wait, or raise to give up.
+        """
+        for name, expected in self._files.items():
+            try:
+                _verify(self.directory, name, expected, pace)
+            except OSError as error:
+                raise SegmentCorrupt(str(self.directory), str(error)) from error
+
+    def release_vectors(self) -> None:
+        """Let go of the vectors' pages in memory; they are mapped again from the file when next read."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def ids(self) -> list[str]:
         """Every row's id, in order of row."""
-        ends = self._id_ends.tolist()
-        blob = self._ids.tobytes()
-        return [blob[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-    def id_at(self, row: int) -> str:
-        """A row's id."""
-        return _piece(self._ids, self._id_ends, row)
-
-    def version_at(self, row: int) -> Version:
-        """A row's version."""
-        return Version(*self.versions[row].tolist())
-
-    def text_at(self, row: int) -> str | None:
-        """A row's text, None where the document has none."""
-        return _piece(self._texts, self._text_ends, row) if self._has_text[row] else None
+        return self.contents.ids()
 
     def log_row(self, row: int) -> LogRow:
         """The row as the log told it."""
         return LogRow(
             id=self.id_at(row),
-            slot=int(self.slots[row]),
+            slot=int(self.contents.slots[row]),
             version=self.version_at(row),
             deleted=False,
             text=self.text_at(row),
@@ -221,10 +228,11 @@ class Segment:
         )
 
 
-def _piece(blob: np.ndarray, ends: np.ndarray, row: int) -> str:
-    """The text that ends at ends[row] and begins where the one before it ends."""
-    start = ends.item(row - 1) if row else 0
-    return str(blob.data[start : ends.item(row)], "utf-8")
+def _verify(
+    directory: Path, name: str, expected: FileRecord, pace: Callable[[int], None] | None = None
+) -> None:
+    if files.record(directory / name, pace) != expected:
+        raise SegmentCorrupt(str(directory), f"the checksum of {name} does not match")
 
 
 def _map(path: Path) -> Any:
@@ -236,55 +244,35 @@ def _map(path: Path) -> Any:
 
 
 def _write(
-    draft: Path,
-    rows: Sequence[LogRow],
-    vectors: np.ndarray,
-    metric: Metric,
-    schema: Schema,
-    covers: tuple[int, int],
+    directory: Path, draft: Draft, vectors: Iterable[np.ndarray], metric: Metric, covers: tuple[int, int]
 ) -> None:
     records: dict[str, FileRecord] = {}
-    vectors = np.ascontiguousarray(vectors, dtype="<f4")
-    records[_VECTORS] = files.write(draft / _VECTORS, [vectors.data])
-    index = QuantizedIndex.build(vectors, metric)
+    blocks = (np.ascontiguousarray(block, dtype="<f4").data for block in vectors)
+    records[_VECTORS] = files.write(directory / _VECTORS, blocks)
+    # From the file: the blocks need not all be in memory at once.
+    written = np.frombuffer(_map(directory / _VECTORS), "<f4").reshape(draft.rows, -1)
+    index = QuantizedIndex.build(written, metric)
     if index is not None:
-        index.save(draft / _INDEX)
-        files.sync(draft / _INDEX)
-        records[_INDEX] = files.record(draft / _INDEX)
-    arrays = _arrays(rows, schema)
+        index.save(directory / _INDEX)
+        files.sync(directory / _INDEX)
+        records[_INDEX] = files.record(directory / _INDEX)
     places: dict[str, _ArrayPlace] = {}
     buffers: list[bytes | memoryview] = []
     offset = 0
-    for name, array in arrays.items():
-        array = np.ascontiguousarray(array)
+    for name, arrays in draft.blocks.items():
         padding = -offset % _ALIGN_BYTES
-        buffers += [bytes(padding), array.tobytes()]
-        places[name] = _ArrayPlace(array.dtype.str, array.shape, offset + padding)
-        offset += padding + array.nbytes
-    records[_ARRAYS] = files.write(draft / _ARRAYS, buffers)
+        buffers += [bytes(padding), *(array.data for array in arrays)]
+        shape = (sum(map(len, arrays)), *arrays[0].shape[1:]) if arrays else (0,)
+        dtype = arrays[0].dtype if arrays else np.dtype(np.uint8)
+        places[name] = _ArrayPlace(dtype.str, shape, offset + padding)
+        offset += padding + sum(array.nbytes for array in arrays)
+    records[_ARRAYS] = files.write(directory / _ARRAYS, buffers)
     header = _Header(
-        rows=len(rows),
-        dim=vectors.shape[1],
+        rows=draft.rows,
+        dim=written.shape[1],
         metric=metric,
         covers=covers,
         files=records,
         arrays=places,
     )
-    files.write(draft / _HEADER, [frame.seal(_MAGIC, _FORMAT, msgspec.msgpack.encode(header))])
-
-
-def _arrays(rows: Sequence[LogRow], schema: Schema) -> dict[str, np.ndarray]:
-    """Everything of the rows but their vectors."""
-    ids = [row.id.encode() for row in rows]
-    texts = [(row.text or "").encode() for row in rows]
-    columns = Columns.build([row.attributes for row in rows], schema)
-    return {
-        "ids": np.frombuffer(b"".join(ids), np.uint8),
-        "id_ends": np.fromiter(accumulate(map(len, ids)), np.int64, len(ids)),
-        "texts": np.frombuffer(b"".join(texts), np.uint8),
-        "text_ends": np.fromiter(accumulate(map(len, texts)), np.int64, len(texts)),
-        "has_text": np.fromiter((row.text is not None for row in rows), np.bool_, len(rows)),
-        "versions": np.array([(row.version.term, row.version.seq) for row in rows], np.int64),
-        "slots": np.fromiter((row.slot for row in rows), np.int32, len(rows)),
-        **{_COLUMN + name: array for name, array in columns.to_arrays().items()},
-    }
+    files.write(directory / _HEADER, [frame.seal(_MAGIC, _FORMAT, msgspec.msgpack.encode(header))])

@@ -22,8 +22,8 @@ from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.filter_cache import FilterCache
-from services.shard.rendering import RenderedHits, Rendering
 from services.shard.layout import Layout, SegmentStatus
+from services.shard.rendering import RenderedHits, Rendering
 from services.shard.searches import Searches
 from services.shard.shelf import Recovered, Shelf
 from services.shard.views import Snapshot
