@@ -104,6 +104,8 @@ class MetadataSettings(Section):
     postgres_url: str | None = None
     pool_size: int = Field(8, ge=2)
     statement_timeout_ms: int = Field(10_000, ge=100)
+    #: Deletes are remembered so long; a replica or backup that lagged behind by more is built anew.
+    tombstone_ttl_s: float = Field(7 * 24 * 3600.0, gt=0)
 
 
 class IndexSettings(Section):

@@ -166,6 +166,7 @@ class Embedded:
                 url,
                 pool_size=settings.metadata.pool_size,
                 statement_timeout_ms=settings.metadata.statement_timeout_ms,
+                tombstone_ttl_s=settings.metadata.tombstone_ttl_s,
             )
 
         async def redis_url() -> str:

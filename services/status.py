@@ -24,6 +24,7 @@ CODES: dict[type[errors.RingfortError], grpc.StatusCode] = {
     errors.PreconditionFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SpaceMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UnknownLog: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.LogPurged: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.VersionConflict: grpc.StatusCode.ABORTED,

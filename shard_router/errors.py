@@ -65,6 +65,17 @@ class UnknownLog(PreconditionFailed):
         self.log_id, self.position, self.counter = log_id, position, counter
 
 
+class LogPurged(UnknownLog):
+    """The log no longer knows what was deleted since a position: its reader has to begin with nothing."""
+
+    def __init__(self, log_id: str, position: int, floor: int) -> None:
+        super().__init__(log_id, position)
+        self.args = (
+            f"log {log_id} has forgotten deletes up to {floor}, and the reader stands at {position}",
+        )
+        self.floor = floor
+
+
 class NotFound(RingfortError):
     """There is no such thing."""
 

@@ -1,5 +1,8 @@
 """The collections this gateway serves, each with its shard map and its replicas.
 
+A replica that cannot follow its log any more is opened anew, and so is everything when the database holds
+another log than before; what is asked meanwhile is answered with Unavailable, not from the old log.
+
 In the embedded composition every shard has one replica, in this process; the collection's wish for more
 is kept for a composition with more nodes.
 """
@@ -8,21 +11,28 @@ import asyncio
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from services import tasks
 from services.deadline import Deadline
 from services.metadata.store import Store
 from services.shard.replica import Replica
-from shard_router.errors import NotFound, UnknownLog
+from shard_router.errors import NotFound, RingfortError, Unavailable, UnknownLog
 from shard_router.model import Collection, LogDelta, Metric, Schema
 from shard_router.shard_map import ShardMap
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: How often it is looked whether something has to be opened anew; after a failure, with longer pauses.
+REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
 
 
 def slice_of(delta: LogDelta, mine: np.ndarray) -> LogDelta:
@@ -101,25 +111,22 @@ class Catalog:
         self._by_alias: dict[tuple[str, str], Served] = {}
         #: Changes of the catalog happen one at a time.
         self._changing = asyncio.Lock()
+        self._reviewing: asyncio.Task[None] | None = None
+        #: The log that everything was opened on.
+        self._log_id = ""
         #: Told of every collection that goes, so that its writers end.
         self.on_drop: list[Callable[[Served], Awaitable[None]]] = []
 
     async def load(self) -> None:
         """Open every collection the store has; returns when all of them can answer."""
-        collections = await self.store.collections()
-        for served in await asyncio.gather(*(self._open(c) for c in collections)):
-            self._index(served)
-        known = {self._folder(c).name for c in collections}
-        if self._directory.is_dir():
-            for leftover in self._directory.iterdir():
-                if leftover.name not in known:
-                    log.info("removing segments of a collection that is gone: %s", leftover.name)
-                    await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+        await self._load()
+        self._reviewing = asyncio.create_task(self._review(), name="catalog-review")
 
     async def close(self) -> None:
         """Close every replica."""
+        await tasks.end(self._reviewing)
         for served in self.all():
-            await asyncio.gather(*(replica.close() for replica in served.replicas.values()))
+            await _close(served)
         self._by_name.clear()
         self._by_alias.clear()
 
@@ -128,11 +135,16 @@ class Catalog:
         return [served for _, served in sorted(self._by_name.items())]
 
     def of_tenant(self, tenant: str) -> list[Served]:
-        """A tenant's collections, by name."""
+        """A tenant's collections, by name; Unavailable as for `resolve`."""
+        self._require_current()
         return [served for served in self.all() if served.collection.tenant == tenant]
 
     def resolve(self, tenant: str, name: str, field: str = "collection") -> Served:
-        """The collection of that name or alias; NotFound names the request's field."""
+        """The collection of that name or alias; NotFound names the request's field.
+
+        Unavailable while the database holds another log than the collection was opened on.
+        """
+        self._require_current()
         found = self._by_name.get((tenant, name)) or self._by_alias.get((tenant, name))
         if found is None:
             raise NotFound("collection", name, field)
@@ -167,15 +179,20 @@ class Catalog:
     async def delete(self, tenant: str, name: str) -> None:
         """Delete a collection, its documents and its segments; an alias is not enough to name it."""
         async with self._changing:
+            self._require_current()
             served = self._by_name.get((tenant, name))
             if served is None:
                 raise NotFound("collection", name, "name")
-            await self.store.delete_collection(tenant, name)
-            del self._by_name[tenant, name]
-            self._by_alias = {key: s for key, s in self._by_alias.items() if s is not served}
-            for tell in self.on_drop:
-                await tell(served)
-            await asyncio.gather(*(replica.close() for replica in served.replicas.values()))
+            # Its readers end first: a log that goes away under one would look like a failure.
+            await self._drop(served)
+            try:
+                await self.store.delete_collection(tenant, name)
+            except BaseException:
+                # Still there, as far as we know; the review opens it again.
+                for replica in served.replicas.values():
+                    replica.fell.set()
+                self._index(served)
+                raise
             await asyncio.to_thread(shutil.rmtree, self._folder(served.collection), ignore_errors=True)
 
     async def set_alias(self, tenant: str, alias: str, name: str | None) -> None:
@@ -209,6 +226,58 @@ class Catalog:
     def _folder(self, collection: Collection) -> Path:
         return self._directory / f"{collection.uid}-{collection.generation}"
 
+    def _require_current(self) -> None:
+        if self._log_id != self.store.log_id:
+            raise Unavailable(
+                "the database holds another log than before; collections are being opened on it"
+            )
+
+    async def _load(self) -> None:
+        log_id, collections = self.store.log_id, await self.store.collections()
+        for served in await _all_or_none((self._open(c) for c in collections), _close):
+            self._index(served)
+        known = {self._folder(c).name for c in collections}
+        if self._directory.is_dir():
+            for leftover in self._directory.iterdir():
+                if leftover.name not in known:
+                    log.info("removing segments of a collection that is gone: %s", leftover.name)
+                    await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+        self._log_id = log_id
+
+    async def _drop(self, served: Served) -> None:
+        """Answer for a collection no more: end its writers, then its readers."""
+        self._by_name.pop((served.collection.tenant, served.collection.name), None)
+        self._by_alias = {key: s for key, s in self._by_alias.items() if s is not served}
+        for tell in self.on_drop:
+            await tell(served)
+        await _close(served)
+
+    async def _review(self) -> None:
+        """Open anew what cannot go on as it is, until that works."""
+        pause_s = REVIEW_S
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                async with self._changing:
+                    await self._reopen()
+                pause_s = REVIEW_S
+            except Exception as error:
+                known = isinstance(error, RingfortError | OSError)
+                log.warning("collections cannot be opened anew now: %s", error, exc_info=not known)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _reopen(self) -> None:
+        if self._log_id != self.store.log_id:
+            log.warning("opening every collection anew, on log %s", self.store.log_id)
+            for served in self.all():
+                await self._drop(served)
+            await self._load()
+        for served in self.all():
+            for shard, replica in served.replicas.items():
+                if replica.fell.is_set():
+                    await replica.close()
+                    served.replicas[shard] = await self._open_shard(served, shard)
+
     async def _open(self, collection: Collection) -> Served:
         shard_map = ShardMap.create(collection.slots, collection.shards)
         served = Served(collection, shard_map, self.store.log_id)
@@ -216,15 +285,31 @@ class Catalog:
             mask = np.zeros(collection.slots, bool)
             mask[shard_map.slots_of(shard)] = True
             served.masks[shard] = mask
+        opening = (self._open_shard(served, shard) for shard in shard_map.shards)
+        opened = await _all_or_none(opening, Replica.close)
+        served.replicas = dict(zip(shard_map.shards, opened, strict=True))
+        try:
+            served.committed(await self.store.position(collection), None)
+        except BaseException:
+            await _close(served)
+            raise
+        return served
 
-        async def open_shard(shard: int) -> Replica:
+    async def _open_shard(self, served: Served, shard: int) -> Replica:
+        """A replica of its files, or of nothing but the log where those cannot follow it any more."""
+        collection = served.collection
+        directory = self._folder(collection) / f"shard-{shard}"
+
+        async def opened() -> Replica:
+            follow = self.store.follow(collection)
+
             async def tail(after: int) -> LogDelta:
-                return slice_of(await self.store.tail(collection, after), served.masks[shard])
+                return slice_of(await follow(after), served.masks[shard])
 
             return await Replica.open(
                 collection,
-                directory=self._folder(collection) / f"shard-{shard}",
-                log_id=self.store.log_id,
+                directory=directory,
+                log_id=served.log_id,
                 tail=tail,
                 search_threads=self._search_threads,
                 memtable_rows=self._memtable_rows,
@@ -232,7 +317,24 @@ class Catalog:
                 device=self._device,
             )
 
-        opened = await asyncio.gather(*(open_shard(shard) for shard in shard_map.shards))
-        served.replicas = dict(zip(shard_map.shards, opened, strict=True))
-        served.committed(await self.store.position(collection), None)
-        return served
+        try:
+            return await opened()
+        except UnknownLog as unknown:
+            log.warning("%s cannot follow its log and is built anew: %s", directory, unknown)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            return await opened()
+
+
+async def _close(served: Served) -> None:
+    await asyncio.gather(*(replica.close() for replica in served.replicas.values()))
+
+
+async def _all_or_none(opening: Iterable[Awaitable[T]], close: Callable[[T], Awaitable[None]]) -> Sequence[T]:
+    """What is opened side by side; where one fails the others are closed again, and it is raised."""
+    results = await asyncio.gather(*opening, return_exceptions=True)
+    opened = [result for result in results if not isinstance(result, BaseException)]
+    failed = next((result for result in results if isinstance(result, BaseException)), None)
+    if failed is not None:
+        await asyncio.gather(*map(close, opened))
+        raise failed
+    return opened

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import msgspec
@@ -95,14 +95,27 @@ class Database:
     deadline or at the statement timeout, whichever comes first.
     """
 
-    def __init__(self, arguments: dict[str, object], *, pool_size: int, statement_timeout_ms: int) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, object],
+        *,
+        pool_size: int,
+        statement_timeout_ms: int,
+        check_identity: Callable[[Connection], Awaitable[None]],
+    ) -> None:
+        """`check_identity` raises OperationalError where a new connection leads elsewhere than it should."""
+
+        async def configure(connection: Connection) -> None:
+            set_json_loads(msgspec.json.decode, connection)
+            await check_identity(connection)
+
         self._limit_s = statement_timeout_ms / 1000 + 1.0
         self._pool: psycopg_pool.AsyncConnectionPool[Connection] = psycopg_pool.AsyncConnectionPool(
             kwargs=arguments,
             min_size=max(1, pool_size // 2),
             max_size=pool_size,
             max_waiting=WAITING_LIMIT,
-            configure=_configure,
+            configure=configure,
             check=_check,
             open=False,
             name="metadata",
@@ -137,10 +150,6 @@ class Database:
             "pool_available": float(now.get("pool_available", 0)),
             "pool_waiting": float(now.get("requests_waiting", 0)),
         }
-
-
-async def _configure(connection: Connection) -> None:
-    set_json_loads(msgspec.json.decode, connection)
 
 
 async def _check(connection: Connection) -> None:

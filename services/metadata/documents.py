@@ -11,7 +11,7 @@ from services.metadata.database import Connection, Database
 from services.metadata.log import read_position
 from services.metadata.ownership import Ownership
 from services.metadata.statements import statement
-from shard_router.errors import NotFound, UnknownLog
+from shard_router.errors import LogPurged, NotFound, StorageUnavailable, UnknownLog
 from shard_router.hashing import slots_of
 from shard_router.model import Collection, LogDelta, LogRow
 
@@ -75,32 +75,39 @@ class Documents:
         async with self._database.connection() as connection:
             return await read_position(connection, collection)
 
-    async def tail(self, collection: Collection, after: int, limit: int) -> LogDelta:
-        """What the log holds beyond `after`, in order of position, at most `limit` rows.
+    async def tail(
+        self, collection: Collection, after: int, limit: int, empty_at: int = 0
+    ) -> tuple[LogDelta, int]:
+        """What the log holds beyond `after`, in order of position, at most `limit` rows; and its position.
 
         `upto` is the log's position if everything fitted, else that of the last row. Nothing at or below
-        `upto` can appear later. Raises UnknownLog where the log never was at `after`.
+        `upto` can appear later. Raises UnknownLog where the log never was at `after`, and LogPurged where it
+        has forgotten deletes beyond `after` that concern the reader: not those at or below `empty_at`, where
+        the log stood when the reader began with nothing, for it has seen no document that they removed.
         """
-        log_id = self._ownership.log_id
-        wanted = {"uid": collection.uid, "after": after, "limit": limit}
+        log_id = self._ownership.claim.log_id
+        wanted = {"uid": collection.uid, "log_id": log_id, "after": after, "limit": limit}
         rows: list[LogRow] = []
         vectors: dict[int, bytes | None] = {}
-        counter: int | None = None
+        counter, floor = None, 0
         async with self._database.connection() as connection:
             cursor = await _run(connection, "tail", collection, wanted)
             while found := await cursor.fetchmany(DECODE_ROWS):
-                counter = found[0][0]
-                for _, *stored, vector in found:
+                counter, floor = found[0][:2]
+                for _, _, *stored, vector in found:
                     if stored[0] is not None:
                         vectors[len(rows)] = vector
                         rows.append(row_from(stored, collection.schema))
                 await asyncio.sleep(0)
-        if counter is None:
-            raise NotFound("collection", collection.name)
+            if counter is None:
+                await read_position(connection, collection)  # NotFound where the collection is gone
+                raise StorageUnavailable(f"the log is another than {log_id}")
         if after > counter:
             raise UnknownLog(log_id, after, counter)
+        if 0 < after < floor and floor > empty_at:
+            raise LogPurged(log_id, after, floor)
         upto = rows[-1].version.seq if len(rows) == limit else counter
-        return LogDelta(log_id, after, upto, rows, matrix_from(rows, vectors, collection))
+        return LogDelta(log_id, after, upto, rows, matrix_from(rows, vectors, collection)), counter
 
 
 async def _run(

@@ -19,9 +19,6 @@ from shard_router.model import (
     WriteOutcome,
 )
 
-#: Term of every version until slots change owners between databases.
-TERM = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -50,6 +47,8 @@ class Draft:
 class Plan:
     """The rows to write, in order of position and each id once, and what to tell each writer."""
 
+    #: Of every version that the batch makes.
+    term: int
     #: Positions the batch takes; a document written twice leaves one of them without a row.
     positions: int
     drafts: Sequence[Draft]
@@ -61,7 +60,7 @@ class Plan:
     def outcomes(self, after: int) -> list[WriteOutcome]:
         """Outcomes in the order of the writes, for a batch that started at position `after`."""
         return [
-            WriteOutcome(version=Version(TERM, after + result))
+            WriteOutcome(version=Version(self.term, after + result))
             if isinstance(result, int)
             else WriteOutcome(error=result)
             for result in self.results
@@ -73,7 +72,7 @@ class Plan:
             LogRow(
                 draft.id,
                 draft.slot,
-                Version(TERM, after + draft.ordinal),
+                Version(self.term, after + draft.ordinal),
                 draft.deleted,
                 draft.text,
                 draft.attributes,
@@ -102,33 +101,40 @@ def conditional(writes: Sequence[Write]) -> dict[str, bool]:
 
 
 def fold(
-    writes: Sequence[Write], slots: Sequence[int], current: Mapping[str, LogRow], after: int | None, dim: int
+    writes: Sequence[Write],
+    slots: Sequence[int],
+    current: Mapping[str, LogRow],
+    after: int | None,
+    *,
+    term: int,
+    dim: int,
 ) -> Plan:
     """Apply writes one after the other to what is stored; a later write of an id sees the earlier one.
 
     `slots[i]` is the slot of `writes[i]`, `current` holds the stored rows of `conditional(writes)`, `after`
-    is the log's counter (None where `conditional` is empty). A write that cannot be applied changes nothing
-    and carries its own error: VersionConflict, NotFound, DimensionMismatch or InvalidField.
+    is the log's counter (None where `conditional` is empty), `term` its term. A write that cannot be applied
+    changes nothing and carries its own error: VersionConflict, NotFound, DimensionMismatch or InvalidField.
     """
-    batch = _Batch(current, after or 0, dim)
+    batch = _Batch(current, after or 0, term, dim)
     results: list[int | RingfortError | None] = []
     for write, slot in zip(writes, slots, strict=True):
         try:
             results.append(batch.apply(write, slot))
         except RingfortError as refused:
             results.append(refused)
-    return Plan(batch.positions, list(batch.drafts.values()), results, after)
+    return Plan(term, batch.positions, list(batch.drafts.values()), results, after)
 
 
 class _Batch:
     """The state a batch has reached."""
 
-    def __init__(self, current: Mapping[str, LogRow], after: int, dim: int) -> None:
+    def __init__(self, current: Mapping[str, LogRow], after: int, term: int, dim: int) -> None:
         self.positions = 0
         #: In order of ordinal: a document written again moves to the end.
         self.drafts: dict[str, Draft] = {}
         self._current = current
         self._after = after
+        self._term = term
         self._dim = dim
 
     def apply(self, write: Write, slot: int) -> int | None:
@@ -149,7 +155,7 @@ class _Batch:
     def _version(self, id: str) -> Version:
         draft = self.drafts.get(id)
         if draft is not None:
-            return ABSENT if draft.deleted else Version(TERM, self._after + draft.ordinal)
+            return ABSENT if draft.deleted else Version(self._term, self._after + draft.ordinal)
         stored = self._current.get(id)
         return ABSENT if stored is None or stored.deleted else stored.version
 

@@ -15,7 +15,7 @@ from services.deadline import Deadline
 from services.metadata.codec import STORED, row_from
 from services.metadata.database import Connection, Database, first_line, hung_up
 from services.metadata.fold import Plan, conditional, fold
-from services.metadata.ownership import Ownership
+from services.metadata.ownership import Claim, Ownership
 from services.metadata.statements import bare_statement, statement
 from shard_router.errors import (
     DeadlineExceeded,
@@ -45,6 +45,10 @@ PAUSE_S = 0.05
 DATA_ERRORS = (errors.DataError, errors.ProgramLimitExceeded, UnicodeError)
 
 
+class _Superseded(Exception):
+    """Nothing was written: another claim than this write's holds the counter."""
+
+
 class _Unconfirmed(Exception):
     """The connection was lost: the transaction may or may not have been committed."""
 
@@ -70,7 +74,9 @@ class Log:
         self._waiting = 0
         #: The highest transaction number that is known of each collection.
         self._numbers: dict[int, int] = {}
-        self._counts = dict.fromkeys(("transactions", "documents", "bisections", "unconfirmed"), 0)
+        self._counts = dict.fromkeys(
+            ("transactions", "documents", "bisections", "unconfirmed", "superseded"), 0
+        )
         self._commit_ms = 0.0
 
     async def write(self, collection: Collection, writes: Sequence[Write], *, deadline: Deadline) -> Commit:
@@ -115,7 +121,7 @@ class Log:
                 outcome = WriteOutcome(error=InvalidField("document", first_line(refused)))
                 async with self._database.connection(deadline.require("database")) as connection:
                     upto = await read_position(connection, collection)
-                return Commit(self._ownership.log_id, upto, [outcome], None)
+                return Commit(self._ownership.claim.log_id, upto, [outcome], None)
         self._counts["bisections"] += 1
         half = len(writes) // 2
         parts = (writes[:half], writes[half:])
@@ -137,31 +143,38 @@ class Log:
                 log.warning("collection %s: %s", collection.name, lost)
                 if lost.plan is not None:
                     plans.append(lost.plan)
+            except _Superseded:
+                self._counts["superseded"] += 1
+                log.warning("collection %s: a write carried a claim that is no longer held", collection.name)
+                self._ownership.doubt("a counter carries another claim")
+                continue
             except errors.UniqueViolation:
                 log.warning("collection %s: a lost transaction was committed after all", collection.name)
             after = await self._remembered(collection, write_id, known, deadline)
             if after is not None:
                 plan = next(plan for plan in plans if plan.checked_at in (None, after))
-                return Commit(self._ownership.log_id, after + plan.positions, plan.outcomes(after), None)
-        raise StorageUnavailable("the connection was lost at every attempt to commit")
+                log_id = self._ownership.claim.log_id
+                return Commit(log_id, after + plan.positions, plan.outcomes(after), None)
+        raise StorageUnavailable("the connection or the claim was lost at every attempt to commit")
 
     async def _transact(
         self, collection: Collection, writes: Sequence[Write], write_id: uuid.UUID, deadline: Deadline
     ) -> Commit:
         slots = slots_of((write.id for write in writes), collection.slots).tolist()
         needed = conditional(writes)
-        plan = None if needed else fold(writes, slots, {}, None, collection.dim)
-        await self._ownership.require(deadline.require("database"))
+        claim = await self._ownership.require(deadline.require("database"))
+        term, dim = claim.term, collection.dim
+        plan = None if needed else fold(writes, slots, {}, None, term=term, dim=dim)
         began_s = time.perf_counter()
         async with self._database.connection(deadline.require("database")) as connection:
             try:
                 if plan is None:
                     async with connection.pipeline(), connection.transaction():
-                        after, current = await _lock_and_read(connection, collection, needed)
-                        plan = fold(writes, slots, current, after, collection.dim)
-                        commit = await self._apply(connection, collection, plan, write_id)
+                        after, current = await _lock_and_read(connection, collection, claim, needed)
+                        plan = fold(writes, slots, current, after, term=term, dim=dim)
+                        commit = await self._apply(connection, collection, claim, plan, write_id)
                 else:
-                    commit = await self._apply(connection, collection, plan, write_id)
+                    commit = await self._apply(connection, collection, claim, plan, write_id)
             except errors.UndefinedTable as error:
                 raise NotFound("collection", collection.name) from error
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -174,9 +187,9 @@ class Log:
         return commit
 
     async def _apply(
-        self, connection: Connection, collection: Collection, plan: Plan, write_id: uuid.UUID
+        self, connection: Connection, collection: Collection, claim: Claim, plan: Plan, write_id: uuid.UUID
     ) -> Commit:
-        log_id = self._ownership.log_id
+        log_id = claim.log_id
         if not plan.drafts:
             at = (
                 plan.checked_at
@@ -186,7 +199,7 @@ class Log:
             nothing = LogDelta(log_id, at, at, [], np.zeros((0, collection.dim), np.float32))
             return Commit(log_id, at, plan.outcomes(at), nothing)
         matrix = plan.matrix(collection.dim)
-        written = await _write_rows(connection, collection, plan, matrix, write_id)
+        written = await _write_rows(connection, collection, claim, plan, matrix, write_id)
         removed = [draft for draft in plan.drafts if draft.deleted]
         if removed:
             await connection.execute(
@@ -197,7 +210,8 @@ class Log:
             await _move_vectors(connection, collection, plan, plan.checked_at, matrix)
         row = await written.fetchone()
         if row is None:
-            raise NotFound("collection", collection.name)
+            await read_position(connection, collection)  # NotFound where the collection is gone
+            raise _Superseded
         after, number = row
         self._numbers[collection.uid] = max(number, self._numbers.get(collection.uid, 0))
         upto = after + plan.positions
@@ -245,11 +259,12 @@ async def read_position(connection: Connection, collection: Collection) -> int:
 
 
 async def _lock_and_read(
-    connection: Connection, collection: Collection, needed: Mapping[str, bool]
+    connection: Connection, collection: Collection, claim: Claim, needed: Mapping[str, bool]
 ) -> tuple[int, dict[str, LogRow]]:
     locked, found = connection.cursor(binary=True), connection.cursor(binary=True)
     await connection.execute(statement("lock_tables", collection.uid), prepare=True)
-    await locked.execute(bare_statement("lock_counter"), {"uid": collection.uid}, prepare=True)
+    held = {"uid": collection.uid, "claim": claim.id}
+    await locked.execute(bare_statement("lock_counter"), held, prepare=True)
     wanted = {
         "slots": slots_of(needed, collection.slots).tolist(),
         "ids": list(needed),
@@ -259,17 +274,26 @@ async def _lock_and_read(
     counter = await locked.fetchone()
     if counter is None:
         raise NotFound("collection", collection.name)
+    if not counter[1]:
+        raise _Superseded
     rows = [row_from(row, collection.schema) for row in await found.fetchall()]
     return counter[0], {row.id: row for row in rows}
 
 
 async def _write_rows(
-    connection: Connection, collection: Collection, plan: Plan, matrix: np.ndarray, write_id: uuid.UUID
+    connection: Connection,
+    collection: Collection,
+    claim: Claim,
+    plan: Plan,
+    matrix: np.ndarray,
+    write_id: uuid.UUID,
 ) -> psycopg.AsyncCursor[psycopg.rows.TupleRow]:
     cursor = connection.cursor(binary=True)
     drafts = plan.drafts
     values = {
         "uid": collection.uid,
+        "claim": claim.id,
+        "term": claim.term,
         "write_id": write_id,
         "remembered": REMEMBERED,
         "positions": plan.positions,

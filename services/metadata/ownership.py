@@ -3,9 +3,12 @@
 import asyncio
 import logging
 import time
+import uuid
+from dataclasses import dataclass
 
 import psycopg
 
+from services import tasks
 from services.metadata.database import Connection, first_line
 from services.metadata.schema import OLDEST_SERVER, StartupRefused, migrate
 from services.metadata.statements import bare_statement
@@ -25,11 +28,27 @@ REGAIN_WAIT_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a write has to carry, and what it makes: versions of `term` in log `log_id`.
+
+    Each time the claim is taken it is another one, and stands in every counter's row. A write that carries
+    an older one, whoever sent it and however long it was on its way, writes nothing.
+    """
+
+    id: uuid.UUID
+    log_id: str
+    term: int
+    #: Of the server, its timeline and the database in it.
+    identity: str
+
+
 class Ownership:
     """The claim of this process to its database, kept as long as it can be kept.
 
-    A session advisory lock on a connection of its own: the server drops it with the process. When the
-    connection is lost it is taken again; until then `require` refuses, so two services never both write.
+    A session advisory lock on a connection of its own says who may take it: the server drops the lock with
+    the process. When the connection is lost it is taken again; until then `require` refuses. That a write
+    already under way does not slip in is for the counters' rows to see to (see Claim).
     """
 
     def __init__(self, arguments: dict[str, object]) -> None:
@@ -40,7 +59,9 @@ class Ownership:
         self._lost: str | None = "not taken yet"
         #: Set while the claim is held.
         self._taken = asyncio.Event()
-        self.log_id = ""
+        #: Set by `doubt`, until the claim is taken again.
+        self._doubted = asyncio.Event()
+        self._claim = Claim(uuid.UUID(int=0), "", 0, "")
 
     async def take(self, wait_s: float) -> None:
         """Wait for the server, claim the database, bring its schema up to date.
@@ -53,20 +74,39 @@ class Ownership:
             raise StartupRefused(f"{self._where()} is already in use by another Ringfort service.")
         try:
             await migrate(self._connection, self._where())
+            await self._confirm(self._connection)
         except psycopg.Error as error:
             raise StartupRefused(f"{self._where()} cannot be prepared: {first_line(error)}.") from error
-        await self._confirm(self._connection)
         self._watch = asyncio.create_task(self._keep(), name="metadata-ownership")
 
-    async def require(self, left_s: float) -> None:
-        """Return while the claim is held; wait a moment for it to be taken again, then StorageUnavailable."""
+    @property
+    def claim(self) -> Claim:
+        """The claim that was taken last, held or not."""
+        return self._claim
+
+    async def require(self, left_s: float) -> Claim:
+        """The claim, while it is held; waits a moment for it to be taken again, then StorageUnavailable."""
         if self._lost is None:
-            return
+            return self._claim
         try:
             async with asyncio.timeout(min(left_s, REGAIN_WAIT_S)):
                 await self._taken.wait()
         except TimeoutError:
             raise StorageUnavailable(self._lost or "the claim to the database was lost again") from None
+        return self._claim
+
+    def doubt(self, why: str) -> None:
+        """Something was seen that cannot be while the claim holds: take it again before the next write."""
+        if self._lost is None:
+            self._lose(why)
+            self._doubted.set()
+
+    async def check_identity(self, connection: Connection) -> None:
+        """OperationalError, and a doubt, where a connection leads to another database than the claim's."""
+        if await _identity(connection) != self._claim.identity:
+            why = "the server, its timeline or the database is another than before"
+            self.doubt(why)
+            raise psycopg.OperationalError(why)
 
     @property
     def held(self) -> bool:
@@ -77,9 +117,7 @@ class Ownership:
         """Let the database go."""
         self._lost = "closed"
         self._taken.clear()
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait([self._watch])
+        await tasks.end(self._watch)
         if self._connection is not None:
             await self._connection.close()
 
@@ -123,26 +161,50 @@ class Ownership:
             await asyncio.sleep(FIRST_PAUSE_S)
 
     async def _confirm(self, connection: Connection) -> None:
-        cursor = await connection.execute(bare_statement("confirm_log"))
-        row = await cursor.fetchone()
-        assert row is not None, "the migration made this row"
-        if self.log_id not in ("", row[0]):
-            log.warning("the database is another than before: its log is %s", row[0])
-        self.log_id, self._lost = row[0], None
+        identity, claim = await _identity(connection), uuid.uuid4()
+        async with connection.transaction():
+            await connection.execute(bare_statement("await_writers"))
+            cursor = await connection.execute(bare_statement("confirm_log"), {"identity": identity})
+            row = await cursor.fetchone()
+            assert row is not None, "the migration made this row"
+            await connection.execute(bare_statement("claim_counters"), {"claim": claim})
+        log_id, term = row
+        if self._claim.log_id not in ("", log_id):
+            log.warning("the database is another than before: its log is %s, term %d", log_id, term)
+        self._claim, self._lost = Claim(claim, log_id, term, identity), None
+        self._doubted.clear()
         self._taken.set()
+
+    def _lose(self, why: str) -> None:
+        self._taken.clear()
+        self._lost = f"the claim to the database was lost: {why}"
+        log.warning("%s", self._lost)
 
     async def _keep(self) -> None:
         while True:
-            assert self._connection is not None
+            listening = asyncio.create_task(self._listen())
+            doubted = asyncio.create_task(self._doubted.wait())
             try:
+                await asyncio.wait((listening, doubted), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (listening, doubted):
+                    task.cancel()
+                await asyncio.gather(listening, doubted, return_exceptions=True)
+            await self._take_again()
+
+    async def _listen(self) -> None:
+        """Return when the connection is lost."""
+        assert self._connection is not None
+        try:
+            while True:
                 async for _ in self._connection.notifies(timeout=PROBE_S):
                     pass
                 await self._connection.execute(bare_statement("ping"))
-            except Exception as error:
-                self._taken.clear()
-                self._lost = f"the claim to the database was lost: {first_line(error)}"
-                log.warning("%s", self._lost, exc_info=not isinstance(error, psycopg.Error))
-                await self._take_again()
+        except Exception as error:
+            if self._lost is None:
+                self._lose(first_line(error))
+            if not isinstance(error, psycopg.Error):
+                log.exception("the claim's connection failed")
 
     async def _take_again(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -151,7 +213,8 @@ class Ownership:
                 assert self._connection is not None
                 await self._connection.close()
                 self._connection = await self._connect(0.0)
-                if await self._lock(self._connection, 0.0):
+                # The server may not have noticed yet that our last connection is gone.
+                if await self._lock(self._connection, LOCK_WAIT_S):
                     await self._confirm(self._connection)
                     log.info("the claim to the database is held again")
                 else:
@@ -162,3 +225,10 @@ class Ownership:
             if self._lost is not None:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+async def _identity(connection: Connection) -> str:
+    cursor = await connection.execute(bare_statement("identity"))
+    row = await cursor.fetchone()
+    assert row is not None, "it is asked of the database it is about"
+    return str(row[0])

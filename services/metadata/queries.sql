@@ -13,13 +13,22 @@ SELECT coalesce(max(number), 0) FROM migrations;
 -- record_migration: remember that a migration was applied
 INSERT INTO migrations (number, name) VALUES (%(number)s, %(name)s);
 
--- confirm_log: the log's id, a new one if this is another server, database or timeline than it was made on
+-- identity: which server, timeline and database this is
+SELECT concat_ws('/', system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), oid)
+FROM pg_control_system(), pg_database WHERE datname = current_database();
+
+-- confirm_log: the log's id and term, new ones if it was made on another server, timeline or database
 UPDATE logs
-SET log_id = CASE WHEN logs.identity IN ('', here.identity) THEN log_id ELSE gen_random_uuid() END,
-    identity = here.identity
-FROM (SELECT concat_ws('/', system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), oid) AS identity
-      FROM pg_control_system(), pg_database WHERE datname = current_database()) AS here
-RETURNING log_id::text;
+SET log_id = CASE WHEN identity IN ('', %(identity)s) THEN log_id ELSE gen_random_uuid() END,
+    term = CASE WHEN identity IN ('', %(identity)s) THEN term ELSE term + 1 END,
+    identity = %(identity)s
+RETURNING log_id::text, term;
+
+-- await_writers: return when every write under way is done
+SELECT FROM counters ORDER BY collection_uid FOR UPDATE;
+
+-- claim_counters: from now on only writes with this claim are written
+UPDATE counters SET claim = %(claim)s;
 
 -- ping: the server answers
 SELECT 1;
@@ -37,7 +46,7 @@ ON CONFLICT (tenant, name) DO NOTHING
 RETURNING uid, generation, schema_version, epoch, created_at_us;
 
 -- create_counter: an empty log
-INSERT INTO counters (collection_uid) VALUES (%(uid)s);
+INSERT INTO counters (collection_uid, claim) VALUES (%(uid)s, %(claim)s);
 
 -- create_tables: documents by slot and id, and the first generation's vectors
 CREATE TABLE {documents} (
@@ -51,6 +60,7 @@ CREATE TABLE {documents} (
     PRIMARY KEY (slot, id)
 ) PARTITION BY HASH (slot);
 CREATE INDEX {documents}_seq ON {documents} (seq);
+CREATE INDEX {documents}_dead ON {documents} (seq) WHERE deleted;
 CREATE TABLE {vectors} (
     slot    integer NOT NULL,
     id      text COLLATE "C" NOT NULL,
@@ -95,8 +105,8 @@ SELECT seq FROM counters WHERE collection_uid = %(uid)s;
 -- lock_tables: come before whoever drops them; a writer always has its tables before its counter
 LOCK TABLE ONLY {documents} IN ROW EXCLUSIVE MODE;
 
--- lock_counter: be the only writer of a log until the transaction ends
-SELECT seq FROM counters WHERE collection_uid = %(uid)s FOR UPDATE;
+-- lock_counter: be the only writer of a log until the transaction ends; whether the claim is still held
+SELECT seq, claim = %(claim)s FROM counters WHERE collection_uid = %(uid)s FOR UPDATE;
 
 -- current: what a batch's conditional writes are checked against; text and attributes only where they stay
 SELECT d.slot, d.id, d.term, d.seq, d.deleted,
@@ -108,7 +118,7 @@ JOIN {documents} d ON d.slot = wanted.slot AND d.id = wanted.id;
 -- write_rows: take positions and write the batch, in one statement and so in one round trip
 WITH counter AS (
     UPDATE counters SET seq = seq + %(positions)s, writes = writes + 1
-    WHERE collection_uid = %(uid)s
+    WHERE collection_uid = %(uid)s AND claim = %(claim)s
     RETURNING seq - %(positions)s AS after, writes
 ), remembered AS (
     INSERT INTO recent_writes (collection_uid, place, write_id, after)
@@ -120,10 +130,11 @@ WITH counter AS (
                          %(has_vector)b::bool[], %(texts)b::text[], %(attributes)b::text[])
          WITH ORDINALITY AS rows (slot, id, ordinal, deleted, has_vector, text, attributes, row)
 ), written AS (
-    INSERT INTO {documents} (slot, id, seq, deleted, text, attributes)
-    SELECT slot, id, seq, deleted, text, attributes::jsonb FROM batch
+    INSERT INTO {documents} (slot, id, seq, term, deleted, text, attributes)
+    SELECT slot, id, seq, %(term)s, deleted, text, attributes::jsonb FROM batch
     ON CONFLICT (slot, id) DO UPDATE
-    SET seq = excluded.seq, deleted = excluded.deleted, text = excluded.text, attributes = excluded.attributes
+    SET seq = excluded.seq, term = excluded.term, deleted = excluded.deleted, text = excluded.text,
+        attributes = excluded.attributes
 ), embedded AS (
     -- one matrix is cut here: an array of bytea would be copied once more on either side
     INSERT INTO {vectors} (slot, id, doc_seq, vector)
@@ -168,17 +179,39 @@ FROM (
 ) d
 ORDER BY d.slot, d.id;
 
--- tail: the counter and the rows beyond a position; one statement, so one snapshot
-SELECT t.counter, t.slot, t.id, t.term, t.seq, t.deleted, t.text, t.attributes, (
+-- tail: the counter, the purge floor and the rows beyond a position; one statement, so one snapshot
+SELECT t.counter, t.purge_floor, t.slot, t.id, t.term, t.seq, t.deleted, t.text, t.attributes, (
            SELECT v.vector FROM {vectors} v WHERE v.slot = t.slot AND v.id = t.id AND v.doc_seq = t.seq
        )
 FROM (
     -- sorted in here, so that vectors are not carried through the sort
-    SELECT c.seq AS counter, d.* FROM counters c LEFT JOIN LATERAL (
+    SELECT c.seq AS counter, c.purge_floor, d.* FROM counters c LEFT JOIN LATERAL (
         SELECT slot, id, term, seq, deleted, text, attributes FROM {documents}
         WHERE seq > %(after)s ORDER BY seq LIMIT %(limit)s
     ) d ON true
-    WHERE c.collection_uid = %(uid)s
+    WHERE c.collection_uid = %(uid)s AND (SELECT log_id FROM logs) = %(log_id)s
     ORDER BY d.seq
 ) t
 ORDER BY t.seq;
+
+-- mark_positions: note where every log stands now, if it has moved since it was noted last
+INSERT INTO marks (collection_uid, seq) SELECT collection_uid, seq FROM counters WHERE seq > 0
+ON CONFLICT DO NOTHING;
+
+-- old_positions: up to where each log was written longer ago than that
+SELECT collection_uid, max(seq) FROM marks
+WHERE at < clock_timestamp() - make_interval(secs => %(age_s)s) GROUP BY collection_uid;
+
+-- purge: drop the oldest tombstones at or below a position, and say up to where the log has forgotten
+WITH old AS (
+    SELECT slot, id FROM {documents} WHERE deleted AND seq <= %(upto)s ORDER BY seq LIMIT %(limit)s
+), gone AS (
+    DELETE FROM {documents} d USING old WHERE d.slot = old.slot AND d.id = old.id RETURNING d.seq
+), floor AS (
+    UPDATE counters SET purge_floor = greatest(purge_floor, (SELECT max(seq) FROM gone))
+    WHERE collection_uid = %(uid)s AND EXISTS (SELECT FROM gone)
+)
+SELECT count(*) FROM gone;
+
+-- drop_marks: forget marks whose tombstones are purged
+DELETE FROM marks WHERE collection_uid = %(uid)s AND seq <= %(upto)s;

@@ -5,6 +5,7 @@ import json
 import psycopg
 
 from services.metadata.database import Connection, Database
+from services.metadata.ownership import REGAIN_WAIT_S, Ownership
 from services.metadata.statements import PARTITIONS, bare_statement, statement
 from shard_router.errors import AlreadyExists, NotFound
 from shard_router.model import AttributeType, Collection, Metric, Schema
@@ -16,8 +17,9 @@ class Registry:
     Every method raises StorageUnavailable, DeadlineExceeded, Overloaded.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ownership: Ownership) -> None:
         self._database = database
+        self._ownership = ownership
 
     async def create(
         self,
@@ -50,6 +52,7 @@ class Registry:
             "max_staleness_ms": max_staleness_ms,
             "space": space,
         }
+        claim = await self._ownership.require(REGAIN_WAIT_S)
         async with self._database.connection() as connection, connection.transaction():
             await connection.execute(bare_statement("lock_registry"))
             cursor = await connection.execute(bare_statement("create_collection"), values)
@@ -57,7 +60,7 @@ class Registry:
             if row is None:
                 raise AlreadyExists("collection", name)
             uid, generation, schema_version, epoch, created_at_us = row
-            await connection.execute(bare_statement("create_counter"), {"uid": uid})
+            await connection.execute(bare_statement("create_counter"), {"uid": uid, "claim": claim.id})
             await connection.execute(statement("create_tables", uid, generation))
             for part in range(PARTITIONS):
                 await connection.execute(statement("create_partition", uid, part=part))

@@ -1,6 +1,6 @@
 """The room's door: one database, opened, claimed and ready."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 import psycopg
@@ -13,9 +13,13 @@ from services.metadata.ownership import Ownership
 from services.metadata.registry import Registry
 from services.metadata.schema import StartupRefused
 from services.metadata.statements import bare_statement
+from services.metadata.tombstones import Tombstones
 from shard_router.model import Collection, Commit, LogDelta, LogRow, Metric, Schema, Write
 
-__all__ = ["StartupRefused", "Store"]
+__all__ = ["TAIL_ROWS", "StartupRefused", "Store"]
+
+#: Rows of one page of a log.
+TAIL_ROWS = 4_096
 
 
 class Store:
@@ -25,18 +29,30 @@ class Store:
     StorageUnavailable (no server, or it went away), DeadlineExceeded("database") and Overloaded.
     """
 
-    def __init__(self, database: Database, ownership: Ownership, *, writers: int) -> None:
+    def __init__(
+        self, database: Database, ownership: Ownership, *, writers: int, tombstone_ttl_s: float
+    ) -> None:
+        """Use `open`; this only puts the parts together."""
         self._database = database
         self._ownership = ownership
-        self._registry = Registry(database)
+        self._tombstones = Tombstones(database, ownership, ttl_s=tombstone_ttl_s)
+        self._registry = Registry(database, ownership)
         self._documents = Documents(database, ownership)
         self._log = Log(database, ownership, writers=writers)
 
     @classmethod
     async def open(
-        cls, url: str, *, pool_size: int = 8, statement_timeout_ms: int = 10_000, wait_s: float = 15.0
+        cls,
+        url: str,
+        *,
+        pool_size: int = 8,
+        statement_timeout_ms: int = 10_000,
+        wait_s: float = 15.0,
+        tombstone_ttl_s: float = 7 * 24 * 3600.0,
     ) -> "Store":
         """Wait up to `wait_s` for the server, claim the database, bring its schema up to date.
+
+        What was deleted longer than `tombstone_ttl_s` ago is forgotten, in the background.
 
         Raises StartupRefused: not a URL, unreachable, in use by another service, too old a server, not UTF8,
         or last used by a newer release.
@@ -46,7 +62,12 @@ class Store:
         except psycopg.ProgrammingError as error:
             raise StartupRefused(f"metadata.postgres_url: {first_line(error)}") from None
         ownership = Ownership(arguments)
-        database = Database(arguments, pool_size=pool_size, statement_timeout_ms=statement_timeout_ms)
+        database = Database(
+            arguments,
+            pool_size=pool_size,
+            statement_timeout_ms=statement_timeout_ms,
+            check_identity=ownership.check_identity,
+        )
         try:
             await ownership.take(wait_s)
             await database.open()
@@ -54,12 +75,14 @@ class Store:
             await ownership.close()
             await database.close()
             raise
-        return cls(database, ownership, writers=max(1, pool_size // 2))
+        store = cls(database, ownership, writers=max(1, pool_size // 2), tombstone_ttl_s=tombstone_ttl_s)
+        store._tombstones.start()
+        return store
 
     @property
     def log_id(self) -> str:
         """The log's identity; another one after a restore or a failover to another timeline."""
-        return self._ownership.log_id
+        return self._ownership.claim.log_id
 
     async def create_collection(
         self,
@@ -128,9 +151,33 @@ class Store:
         """Where the collection's log stands."""
         return await self._documents.position(collection)
 
-    async def tail(self, collection: Collection, after: int, limit: int = 4096) -> LogDelta:
-        """The log beyond `after`, at most `limit` rows of it; UnknownLog if it never was at `after`."""
-        return await self._documents.tail(collection, after, limit)
+    async def tail(self, collection: Collection, after: int, limit: int = TAIL_ROWS) -> LogDelta:
+        """The log beyond `after`, at most `limit` rows of it; UnknownLog if it never was at `after`.
+
+        LogPurged if it has forgotten deletes beyond `after`.
+        """
+        delta, _ = await self._documents.tail(collection, after, limit)
+        return delta
+
+    def follow(self, collection: Collection) -> Callable[[int], Awaitable[LogDelta]]:
+        """`tail` for one reader, page by page up to the log's end and then on and on.
+
+        A reader that began with nothing, at 0, is not refused for deletes that were forgotten before.
+        """
+        empty_at = 0
+
+        async def tail(after: int) -> LogDelta:
+            nonlocal empty_at
+            delta, counter = await self._documents.tail(collection, after, TAIL_ROWS, empty_at)
+            if after == 0:
+                empty_at = counter
+            return delta
+
+        return tail
+
+    async def purge_tombstones(self) -> None:
+        """Forget now what is old enough to be forgotten; otherwise it is done in the background."""
+        await self._tombstones.purge()
 
     async def ping(self) -> None:
         """Return if the server answers."""
@@ -139,9 +186,15 @@ class Store:
 
     async def close(self) -> None:
         """Give up the claim and every connection."""
+        await self._tombstones.close()
         await self._database.close()
         await self._ownership.close()
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, and the pool as it is now."""
-        return {"claim_held": float(self._ownership.held), **self._log.stats(), **self._database.stats()}
+        return {
+            "claim_held": float(self._ownership.held),
+            **self._log.stats(),
+            **self._tombstones.stats(),
+            **self._database.stats(),
+        }

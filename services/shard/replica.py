@@ -27,7 +27,7 @@ from services.shard.rendering import RenderedHits, Rendering
 from services.shard.searches import Searches
 from services.shard.shelf import Recovered, Shelf
 from services.shard.views import Snapshot
-from shard_router.errors import DimensionMismatch, RingfortError, Unavailable
+from shard_router.errors import DimensionMismatch, RingfortError, Unavailable, UnknownLog
 from shard_router.filters import Filter
 from shard_router.model import Collection, Hit, Include, LogDelta, Version
 
@@ -311,6 +311,8 @@ class Replica:
                 self._look()
                 await self._catch_up()
                 failures = 0
+            except UnknownLog as error:
+                self._fall(str(error))
             except Exception as error:
                 known = isinstance(error, RingfortError | OSError)
                 if not failures or not known:

@@ -17,8 +17,13 @@ DIM = 8
 #: So few that most writes meet a document, and a search with k = 1,000 answers with all of them.
 IDS = [f"d/{n} ü" if n % 7 == 0 else f"d{n}" for n in range(90)]
 SCHEMA = {
-    "rank": "int", "name": "keyword", "share": "float", "free": "bool", "seen": "timestamp", "tags": "keywords",
-}  # fmt: skip
+    "rank": "int",
+    "name": "keyword",
+    "share": "float",
+    "free": "bool",
+    "seen": "timestamp",
+    "tags": "keywords",
+}
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 #: An aggregate over a sequence: what a search that is not exact finds of the right k.
 LEAST_RECALL = 0.95
@@ -37,7 +42,7 @@ class Stored:
 
 
 class Player:
-    """Plays a random sequence of calls on a collection of its own; AssertionError where an answer is wrong."""
+    """Plays random calls on a collection of its own; AssertionError where an answer is wrong."""
 
     def __init__(self, client: Client, name: str, rng: Random) -> None:
         self._client, self._name, self._rng = client, name, rng

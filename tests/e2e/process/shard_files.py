@@ -1,4 +1,4 @@
-"""The segment files of a data directory: whether they are whole, how many there were, and how to damage them."""
+"""The segment files of a data directory: whether they are whole, how many there were, how to damage them."""
 
 import time
 from pathlib import Path

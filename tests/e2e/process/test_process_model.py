@@ -1,4 +1,4 @@
-"""Random sequences of writes and reads, with a restart among them, through a real service, against a dictionary.
+"""Random writes and reads, with a restart among them, through a real service: as a dictionary would answer.
 
 SEEDS says how many sequences (3; `make long` 64), SEED which is the first of them.
 """

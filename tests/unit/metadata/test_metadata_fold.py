@@ -4,10 +4,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.metadata.fold import TERM, Draft, conditional, fold
+from services.metadata.fold import Draft, conditional, fold
 from shard_router.model import ABSENT, LogRow, Patch, Remove, Upsert, Version, Write
 
-DIM = 2
+DIM, TERM = 2, 3
 IDS = st.sampled_from("abc")
 VERSIONS = st.one_of(st.none(), st.just(ABSENT), st.builds(Version, st.just(TERM), st.integers(1, 25)))
 ATTRIBUTES = st.dictionaries(st.sampled_from(("x", "y")), st.integers(0, 3), max_size=2)
@@ -30,7 +30,7 @@ class Stored:
     def apply(self, writes: list[Write]) -> list[object]:
         needed = conditional(writes)
         current = {id: row for id, row in self.rows.items() if id in needed}
-        plan = fold(writes, [0] * len(writes), current, self.seq if needed else None, DIM)
+        plan = fold(writes, [0] * len(writes), current, self.seq if needed else None, term=TERM, dim=DIM)
         for draft, row in zip(plan.drafts, plan.rows(self.seq), strict=True):
             assert draft.moves <= (draft.id in self.vectors)
             self.rows[draft.id] = row
@@ -59,7 +59,7 @@ def test_a_batch_is_its_writes_one_by_one(before: list[Write], batch: list[Write
 
 @given(batch=st.lists(WRITES, max_size=12))
 def test_rows_come_once_each_in_order_of_position(batch: list[Write]) -> None:
-    plan = fold(batch, [0] * len(batch), {}, 0, DIM)
+    plan = fold(batch, [0] * len(batch), {}, 0, term=TERM, dim=DIM)
     ordinals = [draft.ordinal for draft in plan.drafts]
     assert ordinals == sorted(set(ordinals))
     assert len({draft.id for draft in plan.drafts}) == len(plan.drafts)
@@ -70,7 +70,12 @@ def test_rows_come_once_each_in_order_of_position(batch: list[Write]) -> None:
 def test_a_matrix_has_zeros_where_a_draft_has_no_vector() -> None:
     vector = np.ones(DIM, np.float32)
     plan = fold(
-        [Upsert("a", None, {}, vector), Upsert("b", None, {}, vector), Remove("a")], [0] * 3, {}, 0, DIM
+        [Upsert("a", None, {}, vector), Upsert("b", None, {}, vector), Remove("a")],
+        [0] * 3,
+        {},
+        0,
+        term=TERM,
+        dim=DIM,
     )
     assert [(draft.id, draft.deleted, draft.moves) for draft in plan.drafts] == [
         ("b", False, False),
