@@ -1,20 +1,18 @@
 """Builds a model's directory from published weights, once, and checks it whenever it is opened."""
 
-import contextlib
-import fcntl
 import hashlib
 import logging
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from index_builder.models import gate
+from index_builder.models.engine import ENGINE
 from index_builder.models.export import Float32, encoder
 from index_builder.models.manifest import Agreement, ModelCorrupt, ModelManifest
+from index_builder.models.publication import BUILDING, publish, sole_builder
 from index_builder.models.quantize import Int8PerToken
 from index_builder.models.source import ModelSource, packaged_model
 from index_builder.models.space import variant_id
@@ -22,7 +20,6 @@ from index_builder.models.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "all-minilm-l6-v2@1"
 PRECISIONS = ("int8", "fp32")
-ENGINE = "onnx"
 #: Raise it with every change of the graphs: directories built by an older recipe are rebuilt.
 RECIPE = 1
 
@@ -59,7 +56,7 @@ def ensure_model(
     if manifest is not None:
         return manifest
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _sole_builder(target.parent):
+    with sole_builder(target.parent):
         built = _open(target, space)
         return built or _build(target, source or packaged_model(), precision, progress or _silent)
 
@@ -85,7 +82,7 @@ def _open(target: Path, space: str | None) -> ModelManifest | None:
 def _build(target: Path, source_directory: Path, precision: str, progress: Progress) -> ModelManifest:
     progress("read", 0.0)
     source = ModelSource.open(source_directory)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=target.parent))
     (building / "tokenizer.json").write_bytes(source.tokenizer)
     tokenizer = Tokenizer(building / "tokenizer.json", max_tokens=source.max_tokens)
     progress("build", 0.2)
@@ -95,7 +92,7 @@ def _build(target: Path, source_directory: Path, precision: str, progress: Progr
     if precision == "fp32":
         artifact, agreement = exact, gate.agreement(reference, reference)
     else:
-        artifact, agreement = _quantize(source, tokenizer, reference)
+        artifact, agreement = quantized(source, tokenizer, reference)
     progress("write", 0.9)
     (building / "model.onnx").write_bytes(artifact)
     name, _, version = DEFAULT_MODEL.partition("@")
@@ -120,7 +117,7 @@ def _build(target: Path, source_directory: Path, precision: str, progress: Progr
         recipe=RECIPE,
         directory=building,
     ).save()
-    _publish(building, target)
+    publish(building, target)
     progress("write", 1.0)
     log.info(
         "model built model=%s precision=%s cosine_p1=%.4f path=%s",
@@ -132,8 +129,11 @@ def _build(target: Path, source_directory: Path, precision: str, progress: Progr
     return ModelManifest.load(target)
 
 
-def _quantize(source: ModelSource, tokenizer: Tokenizer, reference: np.ndarray) -> tuple[bytes, Agreement]:
-    """The INT8 artifact that agrees with FP32 on this machine: 8-bit weights, or 7 where 8 overflow."""
+def quantized(source: ModelSource, tokenizer: Tokenizer, reference: np.ndarray) -> tuple[bytes, Agreement]:
+    """The INT8 graph that agrees with FP32 on this machine: 8-bit weights, or 7 where 8 overflow.
+
+    `reference` are the FP32 vectors of `gate.TEXTS`. ModelInaccurate where neither does.
+    """
     for weight_bits in (8, 7):
         artifact = encoder(source, Int8PerToken(weight_bits))
         agreement = gate.agreement(gate.vectors_of(artifact, tokenizer, gate.TEXTS), reference)
@@ -143,40 +143,6 @@ def _quantize(source: ModelSource, tokenizer: Tokenizer, reference: np.ndarray) 
     raise ModelInaccurate(
         f"INT8 has cosine p1 {agreement.p1:.4f} to FP32 here, less than {gate.LOWEST_P1}; use precision fp32"
     )
-
-
-def _publish(building: Path, target: Path) -> None:
-    """Make a finished directory the target's; a crash leaves the old one, the new one or none."""
-    for path in (*building.iterdir(), building):
-        _sync(path)
-    if target.exists():
-        # Named like an unfinished build, so that the next builder clears it away if this one dies here.
-        target.rename(building.with_name(f"{building.name}-replaced"))
-    building.rename(target)
-    _sync(target.parent)
-    _clear_unfinished(target.parent)
-
-
-@contextlib.contextmanager
-def _sole_builder(parent: Path) -> Iterator[None]:
-    """Hold the one lock of a model's directory; what a killed builder left behind is cleared away."""
-    with (parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _clear_unfinished(parent)
-        yield
-
-
-def _clear_unfinished(parent: Path) -> None:
-    for leftover in parent.glob(".building-*"):
-        shutil.rmtree(leftover)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _silent(stage: str, share: float) -> None:

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
+from index_builder.models.engine import Engine
 from index_builder.models.manifest import Agreement
 from index_builder.models.tokenizer import Tokenizer, padded
 
 #: An artifact whose first percentile falls below this does not speak for its space.
 LOWEST_P1 = 0.99
+#: Neighbours of a text that are compared.
+NEAREST = 10
 
 #: Held aside: nothing is tuned on them. Short and long, prose, code, names, other scripts.
 TEXTS = (
@@ -65,15 +67,11 @@ TEXTS = (
 
 def vectors_of(model: bytes | Path, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """Vectors of a model, each text alone in its batch, float32 [texts, dim]."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-    )
+    engine = Engine.load(model, threads=1)
     rows = []
     for text in texts:
         ids, mask = padded(tokenizer.encode([text]).ids)
-        rows.append(session.run(["vectors"], {"input_ids": ids, "attention_mask": mask})[0])
+        rows.append(engine.run({"input_ids": ids, "attention_mask": mask}))
     return np.concatenate(rows)
 
 
@@ -85,3 +83,16 @@ def agreement(vectors: np.ndarray, reference: np.ndarray) -> Agreement:
         p1=round(float(np.percentile(cosine, 1)), 6),
         worst=round(float(cosine.min()), 6),
     )
+
+
+def nearest(vectors: np.ndarray, k: int) -> np.ndarray:
+    """For each row the `k` others nearest to it, int64 [texts, k], fewer where there are fewer."""
+    scores = vectors @ vectors.T
+    np.fill_diagonal(scores, -np.inf)
+    return np.argsort(-scores, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
+
+
+def overlap(vectors: np.ndarray, reference: np.ndarray) -> float:
+    """Share of each row's ten nearest that are the same in both, [texts, any dim] each; 0 to 1."""
+    pairs = zip(nearest(vectors, NEAREST), nearest(reference, NEAREST), strict=True)
+    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in pairs]))

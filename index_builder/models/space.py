@@ -38,6 +38,11 @@ def space_id(
     )
 
 
+def reduced_space_id(*, space: str, kind: str, dim: int, matrix_sha256: str) -> str:
+    """16 hex characters of a space whose vectors were reduced; see reduction.py."""
+    return _identity("space", {"of": space, "reduction": kind, "dim": dim, "matrix": matrix_sha256})
+
+
 def variant_id(*, space: str, precision: str, engine: str, artifact_sha256: str) -> str:
     """16 hex characters of one way to run a space; equal variants give equal vectors for equal texts."""
     return _identity(

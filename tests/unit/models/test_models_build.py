@@ -112,7 +112,7 @@ def test_an_interrupted_build_leaves_nothing_to_be_taken_for_a_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_publish", power_cut)
+        patch.setattr(build, "publish", power_cut)
         with pytest.raises(KeyboardInterrupt):
             ensure()
     parent = tmp_path / "models" / DEFAULT_MODEL

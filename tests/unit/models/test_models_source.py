@@ -33,7 +33,7 @@ def test_the_space_follows_the_bytes(tiny_source: Path, tmp_path: Path) -> None:
     ("file", "facts", "what"),
     [
         ("config.json", {"model_type": "mpnet"}, "model_type is 'mpnet'"),
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling_mode_cls_token"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling is 'cls'"),
         ("modules.json", [{"type": "models.Transformer"}], "modules is"),
     ],
 )
