@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfort.commands import cluster, collections, documents, load, queries, service
+from ringfort.commands import cluster, collections, documents, load, models, queries, service
 from ringfort.version import __version__
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -36,6 +36,16 @@ for _panel, _commands in _PANELS.items():
 for _command in (cluster.describe, cluster.cache):
     cluster_app.command()(_command)
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Run")
+models_app = typer.Typer(help="Build, register and promote embedding models.", no_args_is_help=True)
+# Its options are those of the builder, which prints its own help.
+models_app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)(models.build)
+models_app.command(name="list")(models.show)
+for _command in (models.register, models.promote, models.rollback):
+    models_app.command()(_command)
+app.add_typer(models_app, name="models", rich_help_panel="Models")
 
 
 @app.callback(invoke_without_command=True)

@@ -89,6 +89,9 @@ class Client:
     activate = _method(operation_calls.activate)
     rollback = _method(operation_calls.rollback)
     models = _method(operation_calls.models)
+    register_model = _method(operation_calls.register_model)
+    promote_model = _method(operation_calls.promote_model)
+    rollback_model = _method(operation_calls.rollback_model)
     cluster = _method(operation_calls.cluster)
     cache_stats = _method(operation_calls.cache_stats)
 

@@ -334,6 +334,32 @@ def cache(answer: pb.CacheStatsResponse) -> RenderableType:
     return Group(table, Text(line, style="dim"))
 
 
+def models(versions: Iterable[pb.Model]) -> RenderableType:
+    """Versions of models and what they are, a row each."""
+    table = _table()
+    table.add_column("model", style="bold")
+    for column in ("state", "precision"):
+        table.add_column(column)
+    for column in ("dimension", "tokens"):
+        table.add_column(column, justify="right")
+    for column in ("space", "variant", "registered"):
+        table.add_column(column)
+    for model in versions:
+        table.add_row(
+            f"{model.name}@{model.version}",
+            state(pb.Model.State.Name(model.state).lower()),
+            model.precision,
+            str(model.dim),
+            str(model.max_tokens or "–"),
+            model.space,
+            model.variant,
+            model.registered_at.ToDatetime().strftime("%Y-%m-%d %H:%M")
+            if model.HasField("registered_at")
+            else "–",
+        )
+    return table
+
+
 def size(count_bytes: float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):

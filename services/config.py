@@ -65,6 +65,10 @@ class EmbedderSettings(Section):
     queue_texts: int = Field(8_192, ge=1)
     #: A sentence-transformers directory in place of the packaged model.
     source: Path | None = None
+    #: Where models run; auto takes a GPU where there is one and the model's precision is made for it.
+    device: str = Field("cpu", pattern="^(auto|cpu|cuda)$")
+    #: Graphs of models loaded beside the default one, in bytes; idle ones make room.
+    models_bytes: int = Field(2 * 1024**3, ge=0)
 
 
 class RankerSettings(Section):

@@ -33,6 +33,8 @@ from services.gateway.embeddings import Embeddings
 from services.gateway.fanout import FanOut
 from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
+from services.gateway.model_service import ModelService
+from services.gateway.models import Models
 from services.gateway.recommend import Recommend
 from services.gateway.retrieval import Retrieval
 from services.gateway.server import Server
@@ -41,7 +43,6 @@ from services.gateway.servicers import (
     CollectionService,
     DocumentService,
     EmbeddingService,
-    ModelService,
     SearchService,
 )
 from services.metadata.store import Store
@@ -93,20 +94,24 @@ class Embedded:
         telemetry = Telemetry()
         cache = await self._cache(redis_url)
         embeddings = await self._embeddings(manifest, cache)
+        models = self._models(embeddings, cache, data_dir)
+        self._stack.push_async_callback(models.close)
+        model_service = ModelService(models, store.models, data_dir.models)
+        await model_service.open()
         catalog = await self._catalog(store, data_dir)
-        ingest = Ingest(catalog, embeddings, gateway.limits)
+        ingest = Ingest(catalog, models, gateway.limits)
         self._stack.push_async_callback(ingest.close)
 
         answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
         ranker = Ranker()
         fanout = FanOut(random.Random())
-        retrieval = Retrieval(catalog, embeddings, fanout, answers, gateway.limits)
-        batch = BatchRetrieval(catalog, retrieval, embeddings, fanout, answers, gateway.limits)
+        retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits)
+        batch = BatchRetrieval(catalog, retrieval, models, fanout, answers, gateway.limits)
         recommend = Recommend(
             catalog, retrieval, fanout, ranker, answers, gateway.limits,
             default_candidates=self._config.ranker.default_candidates,
         )  # fmt: skip
-        embedding_service = EmbeddingService(embeddings, self._config)
+        embedding_service = EmbeddingService(models, self._config)
         search_service = SearchService(retrieval, batch, recommend)
         components = functools.partial(_components, supervisor, cache, self._config)
         admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
@@ -116,8 +121,8 @@ class Embedded:
                 "EmbeddingService": embedding_service,
                 "DocumentService": DocumentService(ingest, Documents(catalog, gateway.limits)),
                 "SearchService": search_service,
-                "CollectionService": CollectionService(catalog, embeddings, self._config),
-                "ModelService": ModelService(embeddings),
+                "CollectionService": CollectionService(catalog, models, self._config),
+                "ModelService": model_service,
                 "ClusterService": ClusterService(
                     catalog, cache, answers, self._config, release=self._release, components=components
                 ),
@@ -128,7 +133,7 @@ class Embedded:
         for part, stats in (
             ("gateway", admission.stats), ("answers", answers.stats), ("cache", cache.stats),
             ("embedder", embeddings.embedder.stats), ("metadata", store.stats), ("shard", catalog.stats),
-            ("ranker", ranker.stats), ("supervisor", supervisor.stats),
+            ("models", models.stats), ("ranker", ranker.stats), ("supervisor", supervisor.stats),
         ):  # fmt: skip
             telemetry.parts.add(part, stats)
 
@@ -225,17 +230,32 @@ class Embedded:
         return cache
 
     async def _embeddings(self, manifest: ModelManifest, cache: CacheTier) -> Embeddings:
-        settings = self._config.embedder
-        model = await asyncio.to_thread(OnnxModel.load, manifest, threads=1)
-        embedder = Embedder(
-            model, workers=settings.workers or usable_cpus(), queue_texts=settings.queue_texts
-        )
+        embedder = await asyncio.to_thread(self._embedder, manifest)
         self._stack.push_async_callback(embedder.close)
+        return self._cached(cache, embedder)
+
+    def _embedder(self, manifest: ModelManifest) -> Embedder:
+        """A model with its queue and threads; takes a moment."""
+        settings = self._config.embedder
+        model = OnnxModel.load(manifest, threads=manifest.threads, device=settings.device)
+        workers = settings.workers or max(1, usable_cpus() // manifest.threads)
+        return Embedder(model, workers=workers, queue_texts=settings.queue_texts)
+
+    def _cached(self, cache: CacheTier, embedder: Embedder) -> Embeddings:
         return Embeddings(
             embedder,
             cache,
             ttl_s=self._config.cache.embedding_ttl_s,
             max_text_bytes=self._config.gateway.limits.max_text_bytes,
+        )
+
+    def _models(self, default: Embeddings, cache: CacheTier, data_dir: DataDir) -> Models:
+        return Models(
+            default,
+            data_dir.models,
+            load=self._embedder,
+            cached=functools.partial(self._cached, cache),
+            max_bytes=self._config.embedder.models_bytes,
         )
 
     async def _catalog(self, store: Store, data_dir: DataDir) -> Catalog:

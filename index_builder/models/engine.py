@@ -36,6 +36,8 @@ class Engine:
         options.inter_op_num_threads = 1
         # Shapes differ from batch to batch: a plan of memory for each of them would only pile up.
         options.enable_mem_pattern = False
+        # Every error is raised; the runtime need not print it as well.
+        options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         chosen = providers(device, precision, onnxruntime.get_available_providers())
         try:

@@ -1,4 +1,4 @@
-"""A release: one version of a model, built from its source in every precision, of which the gate keeps one."""
+"""A release: one version of a model, built from its source in every precision; the gate keeps one."""
 
 import hashlib
 import logging

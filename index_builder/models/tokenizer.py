@@ -43,6 +43,12 @@ class Tokenizer:
                 truncated[i] = bool(encodings[i].overflowing)
         return Tokens([np.array(encoding.ids, np.int32) for encoding in encodings], truncated)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens it knows; ids are less than that."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
+
     def _head(self, text: str) -> str:
         """A text up to a space far beyond what a model reads; words split there, so tokens begin the same."""
         if len(text) <= self._head_chars:

@@ -39,6 +39,28 @@ def models() -> Call[pb.ListModelsResponse, pb.ListModelsResponse]:
     return Call("ModelService/List", pb.ListModelsRequest(), pb.ListModelsResponse, whole)
 
 
+def register_model(artifact: str, *, name: str = "", version: str = "") -> Call[pb.Model, pb.Model]:
+    """Fetches, checks and registers a built model; it is staged, for requests that name its version.
+
+    `artifact` is a directory of the service's host or a URL that it can read; `name` and `version`, where
+    they are given, have to be those of the model's manifest.
+    """
+    request = pb.RegisterModelRequest(name=name, version=version, artifact=artifact)
+    return Call("ModelService/Register", request, pb.Model, whole, repeatable=False)
+
+
+def promote_model(name: str, version: str) -> Call[pb.Model, pb.Model]:
+    """Makes a version the one that its name alone means."""
+    request = pb.PromoteModelRequest(name=name, version=version)
+    return Call("ModelService/Promote", request, pb.Model, whole, repeatable=False)
+
+
+def rollback_model(name: str) -> Call[pb.Model, pb.Model]:
+    """Makes the version live again that was so before."""
+    request = pb.RollbackModelRequest(name=name)
+    return Call("ModelService/Rollback", request, pb.Model, whole, repeatable=False)
+
+
 def cluster() -> Call[pb.DescribeResponse, pb.DescribeResponse]:
     """The service's release, limits, parts, and the state of every replica."""
     return Call("ClusterService/Describe", pb.DescribeRequest(), pb.DescribeResponse, whole)

@@ -12,8 +12,8 @@ from services.config import Limits
 from services.deadline import Deadline
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
-from services.gateway.embeddings import Embeddings
 from services.gateway.fanout import FanOut, Found
+from services.gateway.models import Models
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_mode, check_share
 from services.shard.rendering import RenderedHits
 from shard_router.errors import InvalidField
@@ -38,14 +38,14 @@ class BatchRetrieval:
         self,
         catalog: Catalog,
         retrieval: Retrieval,
-        embeddings: Embeddings,
+        models: Models,
         fanout: FanOut,
         answers: Answers,
         limits: Limits,
     ) -> None:
         self._catalog = catalog
         self._retrieval = retrieval
-        self._variant = embeddings.manifest.variant
+        self._models = models
         self._fanout = fanout
         self._answers = answers
         self._limits = limits
@@ -116,7 +116,7 @@ class BatchRetrieval:
         options = msgspec.msgpack.encode(
             (
                 "batch", k, request.exact, effort.share, effort.recall,
-                request.filter.SerializeToString(), self._variant,
+                request.filter.SerializeToString(), self._models.variant(served.collection),
             )
         )  # fmt: skip
         told = [

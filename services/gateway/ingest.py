@@ -18,7 +18,7 @@ from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.gateway.catalog import Catalog, Served
 from services.gateway.committer import Committed, Committer
-from services.gateway.embeddings import Embeddings
+from services.gateway.models import Models
 from services.gateway.streams import in_order
 from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, VersionConflict
 from shard_router.filters import Filter, check
@@ -63,9 +63,9 @@ class _Written:
 class Ingest:
     """Everything that changes documents."""
 
-    def __init__(self, catalog: Catalog, embeddings: Embeddings, limits: Limits) -> None:
+    def __init__(self, catalog: Catalog, models: Models, limits: Limits) -> None:
         self._catalog = catalog
-        self._embeddings = embeddings
+        self._models = models
         self._limits = limits
         self._committers: dict[int, Committer] = {}
         catalog.on_drop.append(self._drop)
@@ -152,11 +152,11 @@ class Ingest:
         drafts = self._drafts(served, request)
         wanting = [draft for draft in drafts if isinstance(draft, _Draft) and draft.vector is None]
         if wanting:
-            self._embeddings.require_space(served.collection)
             # Documents are rarely embedded twice; caching them would only push queries out.
-            made = await self._embeddings.embed(
-                [draft.text or "" for draft in wanting], InputType.DOCUMENT, deadline, use_cache=False
-            )
+            made = await self._models.embed_for(
+                served.collection, [draft.text or "" for draft in wanting], InputType.DOCUMENT, deadline,
+                use_cache=False,
+            )  # fmt: skip
             for draft, vector in zip(wanting, made.vectors, strict=True):
                 draft.vector = vector
         writes = [
@@ -198,7 +198,7 @@ class Ingest:
         if text is not None:
             if "\0" in text:
                 raise InvalidField(f"{field}.text", "holds a NUL character")
-            text = self._embeddings.check_text(text, f"{field}.text", truncate=truncate)
+            text = self._models.check_text(text, f"{field}.text", truncate=truncate)
         attributes = wire.attributes_from(
             document.attributes, collection.schema, f"{field}.attributes", limits.max_attributes_bytes
         )

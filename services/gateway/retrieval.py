@@ -23,8 +23,9 @@ from services.embedder.embedder import InputType
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.conditions import Conditions
-from services.gateway.embeddings import Embeddings, Vectors
+from services.gateway.embeddings import Vectors
 from services.gateway.fanout import FanOut
+from services.gateway.models import Models
 from shard_router.errors import (
     DeadlineExceeded,
     InvalidField,
@@ -44,10 +45,10 @@ class Retrieval:
     """The first stage: from a query to the nearest documents."""
 
     def __init__(
-        self, catalog: Catalog, embeddings: Embeddings, fanout: FanOut, answers: Answers, limits: Limits
+        self, catalog: Catalog, models: Models, fanout: FanOut, answers: Answers, limits: Limits
     ) -> None:
         self._catalog = catalog
-        self._embeddings = embeddings
+        self._models = models
         self._fanout = fanout
         self._answers = answers
         self._limits = limits
@@ -76,7 +77,7 @@ class Retrieval:
             (
                 "search", k, request.exact, effort.share, effort.recall,
                 request.filter.SerializeToString(), request.HasField("include"),
-                request.include.SerializeToString(), self._embeddings.manifest.variant,
+                request.include.SerializeToString(), self._models.variant(served.collection),
             )
         )  # fmt: skip
         key = self._answers.key(served, "", _query_bytes(request, kind), options)
@@ -94,8 +95,9 @@ class Retrieval:
         self, served: Served, texts: Sequence[str], deadline: Deadline, *, use_cache: bool = True
     ) -> Vectors:
         """Checked query texts in the collection's space; a mismatch of spaces is refused."""
-        self._embeddings.require_space(served.collection)
-        return await self._embeddings.embed(texts, InputType.QUERY, deadline, use_cache=use_cache)
+        return await self._models.embed_for(
+            served.collection, texts, InputType.QUERY, deadline, use_cache=use_cache
+        )
 
     async def document_vectors(self, served: Served, ids: Sequence[str], fields: Sequence[str]) -> np.ndarray:
         """The vectors of stored documents, float32 [n, dim]; NotFound names the field of one that is not."""
@@ -127,7 +129,7 @@ class Retrieval:
         """A query text that can be embedded."""
         if not text:
             raise InvalidField(field, "is empty")
-        self._embeddings.check_text(text, field, truncate=False)
+        self._models.check_text(text, field, truncate=False)
 
     def check_k(self, k: int, field: str) -> int:
         """k within 1 and the limit."""
@@ -149,7 +151,7 @@ class Retrieval:
         collection = served.collection
         response.generation = collection.generation
         response.space = collection.space
-        response.variant = self._embeddings.manifest.variant if collection.model else ""
+        response.variant = self._models.variant(collection)
         response.epoch = served.shard_map.epoch
         return response
 

@@ -22,8 +22,8 @@ from services.gateway.answers import Answers
 from services.gateway.batch import BatchRetrieval
 from services.gateway.catalog import Catalog, Served
 from services.gateway.documents import Documents
-from services.gateway.embeddings import Embeddings
 from services.gateway.ingest import Ingest
+from services.gateway.models import Models, require_dimension, space_at
 from services.gateway.recommend import Recommend
 from services.gateway.retrieval import Retrieval
 from services.gateway.streams import in_order
@@ -51,25 +51,25 @@ class Call:
 class EmbeddingService:
     """Texts to vectors."""
 
-    def __init__(self, embeddings: Embeddings, config: Config) -> None:
-        self._embeddings = embeddings
+    def __init__(self, models: Models, config: Config) -> None:
+        self._models = models
         self._limits = config.gateway.limits
 
     async def Embed(self, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
         began = time.perf_counter()
-        model = self._embeddings.require_model(request.model)
-        manifest = self._embeddings.manifest
+        manifest = self._models.resolve(request.model)
         if request.images:
-            raise InvalidField("images", f"model {model} takes texts")
+            raise InvalidField("images", f"model {manifest.model} takes texts")
         wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
-        if request.dimensions not in (0, manifest.dim):
-            raise InvalidField("dimensions", f"model {model} has {manifest.dim} and declares no other")
+        dim = require_dimension(manifest, request.dimensions, "dimensions")
         if request.dtype not in (pb.F32, pb.F16, pb.I8):
             raise InvalidField("dtype", f"{request.dtype} is not a dtype")
         if request.input_type not in INPUT_TYPES:
             raise InvalidField("input_type", f"{request.input_type} is not an input type")
-        texts = self._embeddings.check_texts(request.texts, "texts", truncate=request.truncate)
-        made = await self._embeddings.embed(texts, INPUT_TYPES[request.input_type], call.deadline)
+        texts = self._models.check_texts(request.texts, "texts", truncate=request.truncate)
+        made = await self._models.embed(
+            manifest, texts, INPUT_TYPES[request.input_type], call.deadline, dim=dim
+        )
         truncated = made.truncated
         if request.truncate:
             truncated = truncated | [
@@ -79,8 +79,8 @@ class EmbeddingService:
         return pb.EmbedResponse(
             vectors=wire.matrix_from(made.vectors, request.dtype),
             rows=[pb.EmbedRow(tokens=t, truncated=cut, cached=cached) for t, cut, cached in rows],
-            model=model,
-            space=manifest.space,
+            model=manifest.model,
+            space=space_at(manifest, dim),
             variant=manifest.variant,
             timings=pb.Timings(
                 total_ms=(time.perf_counter() - began) * 1e3,
@@ -105,10 +105,11 @@ class EmbeddingService:
         if not request.query:
             raise InvalidField("query", "is empty")
         wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
-        query = self._embeddings.check_text(request.query, "query", truncate=False)
-        texts = self._embeddings.check_texts(request.texts, "texts", truncate=False)
-        asked = await self._embeddings.embed([query], InputType.QUERY, call.deadline)
-        made = await self._embeddings.embed(texts, InputType.DOCUMENT, call.deadline)
+        query = self._models.check_text(request.query, "query", truncate=False)
+        texts = self._models.check_texts(request.texts, "texts", truncate=False)
+        default = self._models.default
+        asked = await self._models.embed(default, [query], InputType.QUERY, call.deadline)
+        made = await self._models.embed(default, texts, InputType.DOCUMENT, call.deadline)
         scores = made.vectors @ asked.vectors[0]
         order = np.argsort(-scores, kind="stable")[: request.top_n or None]
         return pb.RerankResponse(
@@ -170,9 +171,9 @@ class SearchService:
 class CollectionService:
     """Collections and their aliases."""
 
-    def __init__(self, catalog: Catalog, embeddings: Embeddings, config: Config) -> None:
+    def __init__(self, catalog: Catalog, models: Models, config: Config) -> None:
         self._catalog = catalog
-        self._embeddings = embeddings
+        self._models = models
         self._defaults = config.index
 
     async def Create(self, request: pb.CreateCollectionRequest, call: Call) -> pb.Collection:
@@ -193,11 +194,11 @@ class CollectionService:
         model: str | None = None
         dim, space = request.dim, f"vectors:{request.dim}"
         if request.model or not request.dim:
-            model = self._embeddings.require_model(request.model)
-            manifest = self._embeddings.manifest
-            if request.dim not in (0, manifest.dim):
-                raise InvalidField("dim", f"model {model} has dimension {manifest.dim}, not {request.dim}")
-            dim, space = manifest.dim, manifest.space
+            manifest = self._models.resolve(request.model)
+            if manifest.image is not None:
+                raise InvalidField("model", f"{manifest.model} reads images, and documents are texts")
+            dim = require_dimension(manifest, request.dim, "dim")
+            model, space = manifest.model, space_at(manifest, dim)
         if not 2 <= dim <= MAX_DIM:
             raise InvalidField("dim", f"{dim} is not between 2 and {MAX_DIM}")
         slots = request.slots or self._defaults.slots
@@ -260,26 +261,11 @@ class CollectionService:
             max_staleness_ms=c.max_staleness_ms,
             generation=c.generation,
             space=c.space,
-            variant=self._embeddings.manifest.variant if c.model else "",
+            variant=self._models.variant(c),
             epoch=served.shard_map.epoch,
             aliases=c.aliases,
             created_at=wire.timestamp(c.created_at_us),
         )
-
-
-class ModelService:
-    """The models this service can run."""
-
-    def __init__(self, embeddings: Embeddings) -> None:
-        self._embeddings = embeddings
-
-    async def List(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
-        m = self._embeddings.manifest
-        model = pb.Model(
-            name=m.name, version=m.version, kind=pb.Model.EMBEDDING, state=pb.Model.LIVE, traffic_percent=100,
-            space=m.space, variant=m.variant, dim=m.dim, max_tokens=m.max_tokens, precision=m.precision,
-        )  # fmt: skip
-        return pb.ListModelsResponse(models=[model])
 
 
 class ClusterService:

@@ -99,6 +99,28 @@ ON CONFLICT (tenant, alias) DO UPDATE SET collection_uid = excluded.collection_u
 -- drop_alias: remove an alias
 DELETE FROM aliases WHERE tenant = %(tenant)s AND alias = %(alias)s;
 
+-- models: every version of every model
+SELECT name, version, state, artifact, manifest, registered_at_us FROM models ORDER BY name, version;
+
+-- register_model: a version that nobody uses yet, unless it is there
+INSERT INTO models (name, version, artifact, manifest)
+VALUES (%(name)s, %(version)s, %(artifact)s, %(manifest)s)
+ON CONFLICT (name, version) DO NOTHING
+RETURNING registered_at_us;
+
+-- lock_model: be the only one who changes which version of a name is live
+SELECT version, state, promotion FROM models WHERE name = %(name)s ORDER BY version FOR UPDATE;
+
+-- retire_model: what is live is so no more
+UPDATE models SET state = 'retired' WHERE name = %(name)s AND state = 'live';
+
+-- promote_model: a version becomes live, after all that were before
+UPDATE models SET state = 'live', promotion = nextval('model_promotions')
+WHERE name = %(name)s AND version = %(version)s;
+
+-- restore_model: a version becomes live again, in its old turn
+UPDATE models SET state = 'live' WHERE name = %(name)s AND version = %(version)s;
+
 -- position: where a log stands
 SELECT seq FROM counters WHERE collection_uid = %(uid)s;
 

@@ -9,6 +9,7 @@ from services.deadline import Deadline
 from services.metadata.database import Database, connection_arguments, first_line
 from services.metadata.documents import Documents
 from services.metadata.log import Log
+from services.metadata.models import ModelVersions
 from services.metadata.ownership import Ownership
 from services.metadata.registry import Registry
 from services.metadata.schema import StartupRefused
@@ -39,6 +40,8 @@ class Store:
         self._registry = Registry(database, ownership)
         self._documents = Documents(database, ownership)
         self._log = Log(database, ownership, writers=writers)
+        #: Versions of models.
+        self.models = ModelVersions(database)
 
     @classmethod
     async def open(

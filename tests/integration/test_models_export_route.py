@@ -1,4 +1,4 @@
-"""Models that are no BERT encoders, exported by torch. Needs the extra `models`; `make test-models` runs it."""
+"""Models that are no BERT encoders, exported by torch; needs the extra `models` (`make test-models`)."""
 
 import json
 from importlib.util import find_spec

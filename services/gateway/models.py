@@ -1,0 +1,300 @@
+"""The embedding models this gateway can use: named, loaded when first asked for, given up when idle.
+
+The default model is always loaded. Others are loaded beside it, each with its own queue and threads, up to
+a bound on the bytes of their graphs; the one that was idle longest makes room for the next.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from index_builder.models.artifact import ArtifactRefused, fetch
+from index_builder.models.manifest import GRAPH_FILE, ModelCorrupt, ModelManifest
+from index_builder.models.reduction import Reduction, truncated
+from services.deadline import Deadline
+from services.embedder.embedder import Embedder, InputType
+from services.gateway.embeddings import Embeddings, Vectors
+from services.metadata.models import ModelState, ModelVersion
+from shard_router.errors import (
+    DeadlineExceeded,
+    EmbedderUnavailable,
+    InvalidField,
+    NotFound,
+    Overloaded,
+    PreconditionFailed,
+    SpaceMismatch,
+)
+from shard_router.model import Collection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A registered version and its manifest, whose directory is where its files lie or are fetched to."""
+
+    version: ModelVersion
+    manifest: ModelManifest
+
+
+@dataclass(slots=True)
+class _Held:
+    """A loaded model."""
+
+    embedder: Embedder
+    embeddings: Embeddings
+    graph_bytes: int
+    #: Calls under way; it is not given up while there are any.
+    in_use: int = 0
+
+
+class Models:
+    """Every embedding model by name, and texts to vectors by any of them.
+
+    `load` makes an embedder of a model, on a thread; `cached` puts the embedding cache before it. At most
+    `max_bytes` of graphs are loaded beside the default's.
+    """
+
+    def __init__(
+        self,
+        default: Embeddings,
+        directory: Path,
+        *,
+        load: Callable[[ModelManifest], Embedder],
+        cached: Callable[[Embedder], Embeddings],
+        max_bytes: int,
+    ) -> None:
+        self._default = default
+        self._directory = directory
+        self._load_embedder, self._cached = load, cached
+        self._max_bytes = max_bytes
+        #: By NAME@VERSION.
+        self._registered: dict[str, Registered] = {}
+        #: By NAME@VERSION, the one used last at the end.
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        #: Models are loaded one at a time, so that room made for one is not taken by another.
+        self._making_room = asyncio.Lock()
+        self._loads = self._evictions = self._failures = 0
+
+    @property
+    def default(self) -> ModelManifest:
+        """The model of requests that name none."""
+        return self._default.manifest
+
+    def registered(self) -> list[Registered]:
+        """Every registered version, by name and version."""
+        return [self._registered[name] for name in sorted(self._registered)]
+
+    def know(self, versions: Sequence[ModelVersion]) -> None:
+        """These are the versions there are now."""
+        known: dict[str, Registered] = {}
+        for version in versions:
+            model = f"{version.name}@{version.version}"
+            seen = self._registered.get(model)
+            if seen is not None:
+                known[model] = replace(seen, version=version)
+                continue
+            facts = ModelManifest.of(version.manifest.encode(), self._directory)
+            known[model] = Registered(version, _placed(facts, self._directory))
+        self._registered = known
+
+    def resolve(self, name: str, field: str = "model") -> ModelManifest:
+        """The model of NAME@VERSION, the live version of NAME, or the default for no name at all.
+
+        NotFound; PreconditionFailed for a name of which no version is live.
+        """
+        if name in ("", self.default.model):
+            return self.default
+        if (found := self._registered.get(name)) is not None:
+            return found.manifest
+        versions = [known for known in self._registered.values() if known.version.name == name]
+        for known in versions:
+            if known.version.state is ModelState.LIVE:
+                return known.manifest
+        if name == self.default.name:
+            return self.default
+        if versions:
+            raise PreconditionFailed(f"no version of model {name!r} is live: promote one, or name it in full")
+        raise NotFound("model", name, field)
+
+    def of(self, collection: Collection) -> ModelManifest:
+        """The model of a collection; raises unless what it makes may be compared with what is stored."""
+        if collection.model is None:
+            raise PreconditionFailed(f"collection {collection.name!r} has no model: bring a vector")
+        manifest = self._find(collection.model)
+        if manifest is None:
+            raise PreconditionFailed(
+                f"model {collection.model} of collection {collection.name!r} is not registered here"
+            )
+        space = space_at(manifest, collection.dim)
+        if collection.space != space:
+            raise SpaceMismatch(space, collection.space)
+        return manifest
+
+    def variant(self, collection: Collection) -> str:
+        """How the collection's texts are embedded now; empty without a model, or where it is gone."""
+        manifest = self._find(collection.model) if collection.model else None
+        return manifest.variant if manifest else ""
+
+    def check_texts(self, texts: Sequence[str], field: str, *, truncate: bool) -> list[str]:
+        """Texts within the byte limit; see Embeddings."""
+        return self._default.check_texts(texts, field, truncate=truncate)
+
+    def check_text(self, text: str, field: str, *, truncate: bool) -> str:
+        """One text within the byte limit; see Embeddings."""
+        return self._default.check_text(text, field, truncate=truncate)
+
+    async def embed(
+        self,
+        manifest: ModelManifest,
+        texts: Sequence[str],
+        input_type: InputType,
+        deadline: Deadline,
+        *,
+        dim: int = 0,
+        use_cache: bool = True,
+    ) -> Vectors:
+        """A vector for every text, in order, by a model that is loaded where it is not yet.
+
+        `dim` is a length that the model declares, 0 its own. Overloaded where neither the queue nor the
+        memory has room; EmbedderUnavailable where the model's files are gone; DeadlineExceeded.
+        """
+        if manifest.variant == self.default.variant:
+            made = await self._default.embed(texts, input_type, deadline, use_cache=use_cache)
+        else:
+            held = await self._hold(manifest, deadline)
+            held.in_use += 1
+            try:
+                made = await held.embeddings.embed(texts, input_type, deadline, use_cache=use_cache)
+            finally:
+                held.in_use -= 1
+        if dim in (0, manifest.dim):
+            return made
+        return replace(made, vectors=truncated(made.vectors, dim))
+
+    async def embed_for(
+        self,
+        collection: Collection,
+        texts: Sequence[str],
+        input_type: InputType,
+        deadline: Deadline,
+        *,
+        use_cache: bool = True,
+    ) -> Vectors:
+        """Vectors of texts in a collection's space; see `of` and `embed`."""
+        return await self.embed(
+            self.of(collection), texts, input_type, deadline, dim=collection.dim, use_cache=use_cache
+        )
+
+    async def close(self) -> None:
+        """Give every model up but the default, which is its maker's."""
+        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        for held in self._held.values():
+            await held.embedder.close()
+        self._held.clear()
+
+    def stats(self) -> dict[str, float]:
+        """What is known and loaded, the default aside."""
+        return {
+            "registered": len(self._registered),
+            "loaded": len(self._held),
+            "loaded_bytes": sum(held.graph_bytes for held in self._held.values()),
+            "loads_total": self._loads,
+            "failed_loads_total": self._failures,
+            "evictions_total": self._evictions,
+        }
+
+    def _find(self, model: str) -> ModelManifest | None:
+        if model == self.default.model:
+            return self.default
+        known = self._registered.get(model)
+        return known.manifest if known else None
+
+    async def _hold(self, manifest: ModelManifest, deadline: Deadline) -> _Held:
+        """The loaded model; whoever comes first loads it, and a caller who leaves does not stop that."""
+        model = manifest.model
+        # Again and again, as it may have made room for another before this caller's turn came.
+        while (held := self._held.get(model)) is None:
+            loading = self._loading.get(model)
+            if loading is None:
+                loading = self._loading[model] = asyncio.create_task(self._load(manifest))
+                loading.add_done_callback(lambda task: self._loading.pop(model) and task.exception())
+            try:
+                async with asyncio.timeout(deadline.require("loading the model")):
+                    await asyncio.shield(loading)
+            except TimeoutError:
+                raise DeadlineExceeded("loading the model") from None
+        self._held.move_to_end(model)
+        return held
+
+    async def _load(self, manifest: ModelManifest) -> None:
+        try:
+            async with self._making_room:
+                manifest = await asyncio.to_thread(self._present, manifest)
+                graph_bytes = (manifest.directory / GRAPH_FILE).stat().st_size
+                await self._make_room(graph_bytes)
+                embedder = await asyncio.to_thread(self._load_embedder, manifest)
+                self._held[manifest.model] = _Held(embedder, self._cached(embedder), graph_bytes)
+        except (ArtifactRefused, OSError) as error:
+            self._failures += 1
+            raise EmbedderUnavailable(manifest.model, str(error)) from error
+        except Exception:
+            self._failures += 1
+            raise
+        self._loads += 1
+        log.info("model loaded model=%s bytes=%d", manifest.model, graph_bytes)
+
+    def _present(self, manifest: ModelManifest) -> ModelManifest:
+        """The manifest of files that are there and sound, fetched again where they are not. On a thread."""
+        try:
+            return ModelManifest.load(manifest.directory)
+        except ModelCorrupt as error:
+            artifact = self._registered[manifest.model].version.artifact
+            log.warning("model will be fetched again from %s: %s", artifact, error)
+            fetched = fetch(artifact, self._directory)
+            if fetched.variant != manifest.variant:
+                raise ArtifactRefused(f"{artifact}: holds another model than was registered") from None
+            return fetched
+
+    async def _make_room(self, graph_bytes: int) -> None:
+        """Give up idle models until there is room; Overloaded where those in use leave too little."""
+        in_use = sum(held.graph_bytes for held in self._held.values() if held.in_use)
+        if in_use + graph_bytes > self._max_bytes:
+            raise Overloaded("memory for models, in bytes,", self._max_bytes, retry_after_ms=1_000)
+        for model, held in list(self._held.items()):
+            if sum(h.graph_bytes for h in self._held.values()) + graph_bytes <= self._max_bytes:
+                return
+            if not held.in_use:
+                del self._held[model]
+                self._evictions += 1
+                log.info("model given up model=%s", model)
+                await held.embedder.close()
+
+
+def space_at(manifest: ModelManifest, dim: int) -> str:
+    """The space of a model's vectors at a length: its own, or that of the first `dim` values."""
+    if dim in (0, manifest.dim):
+        return manifest.space
+    return Reduction("matryoshka", dim).space_of(manifest.space)
+
+
+def require_dimension(manifest: ModelManifest, dim: int, field: str) -> int:
+    """The length asked for, the model's own for 0; InvalidField for one that it does not declare."""
+    if dim in (0, manifest.dim):
+        return manifest.dim
+    if dim not in manifest.dimensions:
+        others = ", ".join(map(str, manifest.dimensions)) or "no other"
+        raise InvalidField(field, f"{dim}: model {manifest.model} has {manifest.dim} and declares {others}")
+    return dim
+
+
+def _placed(manifest: ModelManifest, models: Path) -> ModelManifest:
+    """The manifest with the directory in which a registered model lies."""
+    directory = models / manifest.model / manifest.precision
+    return msgspec.structs.replace(manifest, directory=directory)
