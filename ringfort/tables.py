@@ -1,6 +1,6 @@
 """Answers as people see them: one quiet table each, and one line on where it came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from rich.cells import cell_len

@@ -193,7 +193,7 @@ class Retrieval:
         body = found.hits[0].body() + _provenance(
             collection.generation,
             collection.space,
-            self._embeddings.manifest.variant if collection.model else "",
+            self._models.variant(collection),
             served.shard_map.epoch,
             found.asked,
             found.answered,
