@@ -6,13 +6,16 @@ precision that costs the exact scoring of a few more candidates gives back. L2 n
 one scale, so it keeps a trained range per dimension (QT_8bit).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from index_builder.segments import similarity
+from index_builder.segments.candidates import measure, pool_of
+from index_builder.segments.curve import Curve
+from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.row_set import RowSet
 from shard_router.model import Metric
 
@@ -23,27 +26,28 @@ _SearchParameters: Any = faiss.SearchParameters
 
 _CODE_LIMIT = 127.0
 _ADD_ROWS = 8192
-#: Candidates beyond the multiple of k, for small k; and what a multiple adds at most, for large k.
-_SPARE, _REFINE_MOST = 16, 512
+#: Candidates scored exactly, as a multiple of k.
+_LADDER = (1.0, 1.5, 2.5, 4.0)
+_REFINE_MOST = 512
 _GATE_QUERIES = 32
-_GATE_K = 10
 _GATE_RECALL = 0.995
 
 
-def candidates_for(k: int, refine: float) -> int:
-    """How many candidates are scored exactly to find the best k; refine is at least 1."""
-    return k + _SPARE + min(int((refine - 1) * k), _REFINE_MOST)
-
-
 class QuantizedIndex:
-    """Finds the rows whose vectors are probably nearest; safe to search from many threads."""
+    """Compares a query with every row's code; safe to search from many threads."""
+
+    kind = IndexKind.FLAT
+    ladder: Sequence[float] = _LADDER
+    #: Where fewer are allowed, scoring just those exactly is cheaper.
+    scan_share = 1 / 50
 
     def __init__(self, index: faiss.Index, metric: Metric) -> None:
         self._index, self._metric = index, metric
+        self.shape = int(index.ntotal), int(index.d)
 
     @classmethod
-    def build(cls, vectors: np.ndarray, metric: Metric) -> "QuantizedIndex | None":
-        """The index of float32 [n, dim], or None where bytes cannot tell these vectors apart.
+    def build(cls, vectors: np.ndarray, metric: Metric) -> "tuple[QuantizedIndex, Curve] | None":
+        """The index of float32 [n, dim] and what it finds; None where bytes cannot tell these vectors apart.
 
         That is measured: sampled rows as queries must find at least 99.5% of their exact ten nearest
         among the candidates.
@@ -59,7 +63,9 @@ class QuantizedIndex:
             for start in range(0, len(vectors), _ADD_ROWS):
                 index.add(_integers(vectors[start : start + _ADD_ROWS], np.float32(largest)))
         built = cls(index, metric)
-        return built if built._recall(vectors) >= _GATE_RECALL else None
+        sample = vectors[:: max(1, len(vectors) // _GATE_QUERIES)][:_GATE_QUERIES]
+        curve = measure(built, sample, vectors, None, metric)
+        return (built, curve) if curve.rungs[0][1] >= _GATE_RECALL else None
 
     @classmethod
     def open(cls, path: Path, metric: Metric) -> "QuantizedIndex":
@@ -70,15 +76,15 @@ class QuantizedIndex:
         """Write the codes as a FAISS index file."""
         faiss.write_index(self._index, str(path))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and dimension."""
-        return int(self._index.ntotal), int(self._index.d)
+    def pool(self, k: int, knob: float) -> int:
+        """How many candidates to score exactly to find the best k."""
+        return pool_of(k, knob, _REFINE_MOST)
 
-    def candidates(self, queries: np.ndarray, count: int, allowed: RowSet | None) -> np.ndarray:
+    def candidates(self, queries: np.ndarray, count: int, allowed: RowSet | None, knob: float) -> np.ndarray:
         """Rows worth scoring exactly for each query, int64 [q, count], -1 where there are no more.
 
-        queries: float32 [q, dim]; allowed: None for all.
+        queries: float32 [q, dim], prepared; allowed: None for all; every code is compared whatever the
+        knob, which counts in `pool`.
         """
         if self._metric is not Metric.L2:
             # Some of FAISS's kernels cut a query's fractions off, so it has none.
@@ -92,18 +98,6 @@ class QuantizedIndex:
             _, rows = self._index.search(queries, count, params=parameters)
         found: np.ndarray = rows
         return found
-
-    def _recall(self, vectors: np.ndarray) -> float:
-        """Share of the exact nearest that the candidates of sampled rows hold; ties count as found."""
-        sample = vectors[:: max(1, len(vectors) // _GATE_QUERIES)][:_GATE_QUERIES]
-        k = min(_GATE_K, len(vectors))
-        count = min(candidates_for(k, 1), len(vectors))
-        found = 0
-        for query, rows in zip(sample, self.candidates(sample, count, None), strict=True):
-            exact = similarity.scores(query, vectors, self._metric)
-            least = exact[similarity.best(exact, k)[-1]]
-            found += min(k, int(np.count_nonzero(exact[rows[rows >= 0]] >= least)))
-        return found / (k * len(sample))
 
 
 def _integers(vectors: np.ndarray, largest: np.ndarray | np.float32) -> np.ndarray:

@@ -5,7 +5,7 @@ A segment is a directory of at most four files, all named with size and checksum
     header     what the others must look like, and where each array lies
     vectors    float32 [rows, dim], prepared for the metric, row-major little-endian
     arrays     ids, versions, slots, texts and attribute columns, 64-byte aligned
-    index      flat SQ8 codes (absent where they would not find enough)
+    index      FAISS: flat codes, a graph, or lists (absent where none would find enough)
 
 It is written under another name, forced to disk and renamed, so it is whole or absent.
 """
@@ -19,11 +19,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from index_builder.segments import device as devices
 from index_builder.segments import files, frame, similarity
+from index_builder.segments.candidates import CandidateIndex
 from index_builder.segments.contents import Contents, Draft
+from index_builder.segments.curve import Curve
 from index_builder.segments.files import FileRecord
-from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
-from index_builder.segments.quantized import QuantizedIndex, candidates_for
+from index_builder.segments.graph import GraphIndex
+from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort, IndexKind
+from index_builder.segments.inverted import InvertedIndex
+from index_builder.segments.quantized import QuantizedIndex
 from index_builder.segments.row_set import RowSet
 from shard_router.errors import SegmentCorrupt
 from shard_router.model import LogRow, Metric, Schema
@@ -31,12 +36,10 @@ from shard_router.model import LogRow, Metric, Schema
 _MAGIC, _FORMAT = b"RFSG", 1
 _HEADER, _VECTORS, _ARRAYS, _INDEX = "header", "vectors", "arrays", "index"
 _ALIGN_BYTES = 64
-#: Where a smaller share of rows is allowed, scoring just those is cheaper than passing over all codes.
-_SCAN_SHARE = 1 / 50
-#: Candidates scored exactly, as a multiple of k, where the caller names no other.
-REFINE = 1.5
-#: An effort of 0 to 1 scores this many times k candidates exactly.
-_REFINE_LEAST, _REFINE_MOST = 1.0, 4.0
+#: What a search reaches that names no effort; and where fewer than most rows are allowed.
+_DEFAULT_RECALL, _FILTERED_RECALL, _MOST = 0.97, 0.985, 0.8
+#: Of codes that were written before there were curves: what they had to find to be written.
+_UNMEASURED = Curve(((1.0, 0.995), (1.5, 0.995), (2.5, 0.995), (4.0, 0.995)))
 
 
 class _ArrayPlace(msgspec.Struct, frozen=True):
@@ -52,6 +55,11 @@ class _Header(msgspec.Struct, frozen=True):
     covers: tuple[int, int]
     files: dict[str, FileRecord]
     arrays: dict[str, _ArrayPlace]
+    kind: IndexKind = IndexKind.FLAT
+    #: Curve.rungs of the index; empty without one, and in files of before there were curves.
+    curve: tuple[tuple[float, float], ...] = ()
+    #: The rows that a graph was measured with.
+    held: tuple[int, ...] = ()
 
 
 class Segment:
@@ -63,7 +71,7 @@ class Segment:
         header: _Header,
         contents: Contents,
         vectors: mmap.mmap,
-        index: QuantizedIndex | None,
+        index: CandidateIndex | None,
     ) -> None:
         self.directory, self.rows, self.dim = directory, header.rows, header.dim
         self.metric, self.covers = header.metric, header.covers
@@ -74,8 +82,14 @@ class Segment:
         self.columns = contents.columns
         self.id_at, self.version_at, self.text_at = contents.id_at, contents.version_at, contents.text_at
         self._index = index
+        self._curve = Curve(header.curve) if header.curve else _UNMEASURED
         self._files = header.files
         self.size_bytes = sum(file.size_bytes for file in header.files.values())
+
+    @property
+    def kind(self) -> IndexKind:
+        """What it is searched with."""
+        return IndexKind.FLAT if self._index is None else self._index.kind
 
     @property
     def name(self) -> str:
@@ -92,13 +106,20 @@ class Segment:
         schema: Schema,
         *,
         covers: tuple[int, int],
+        kind: IndexKind = IndexKind.FLAT,
+        device: str = "cpu",
     ) -> "Segment":
         """Write live documents as a segment at `directory`, which must not exist, and open it.
 
-        vectors: float32 [rows, dim], prepared. covers: the positions (after, upto] they come from.
+        vectors: float32 [rows, dim], prepared. covers: the positions (after, upto] they come from. kind:
+        what to search it with; flat codes where that would not find enough, and no index where they do
+        not either. device: where it will be searched. Uses the OpenMP threads the caller has set.
         OSError where the disk is full or fails; nothing is left behind then. ValueError for no rows.
         """
-        return cls.write_draft(directory, Draft.of(rows, schema), [vectors], metric, schema, covers=covers)
+        draft = Draft.of(rows, schema)
+        return cls.write_draft(
+            directory, draft, [vectors], metric, schema, covers=covers, kind=kind, device=device
+        )
 
     @classmethod
     def write_draft(
@@ -110,6 +131,8 @@ class Segment:
         schema: Schema,
         *,
         covers: tuple[int, int],
+        kind: IndexKind = IndexKind.FLAT,
+        device: str = "cpu",
     ) -> "Segment":
         """`write`, of arrays that are made already and of vectors that come in blocks, float32 [n, dim]."""
         if not draft.rows:
@@ -118,7 +141,7 @@ class Segment:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:
-            _write(beside, draft, vectors, metric, covers)
+            _write(beside, draft, vectors, metric, covers, kind, device)
             files.sync(beside)
             beside.rename(directory)
             files.sync(directory.parent)
@@ -155,7 +178,7 @@ class Segment:
             }
             index = None
             if _INDEX in header.files:
-                index = QuantizedIndex.open(directory / _INDEX, header.metric)
+                index = _open_index(directory / _INDEX, header)
                 if index.shape != (header.rows, header.dim):
                     raise SegmentCorrupt(str(directory), f"the index is of {index.shape}")
             contents = Contents(arrays, schema, header.rows)
@@ -176,26 +199,30 @@ class Segment:
 
         queries: float32 [q, dim], prepared; allowed: those live and passing the filter, None for all.
         Returns scores float32 [q, k], best first, -inf where there are no more, and rows int64 [q, k], -1
-        there. Scores are exact on every path; without `exact` a true neighbour may be missed among those
-        the codes rank too low.
+        there. Scores are exact on every path; without `exact` a true neighbour may be missed, as often as
+        `effort` allows.
         """
-        usable = self.rows if allowed is None else allowed.count
-        refine = (
-            REFINE if effort.share is None else _REFINE_LEAST + effort.share * (_REFINE_MOST - _REFINE_LEAST)
-        )
-        wanted = candidates_for(k, refine)
-        if exact or self._index is None or usable <= max(wanted, int(self.rows * _SCAN_SHARE)):
+        index = None if exact else self._index
+        if index is None:
             return similarity.scan(queries, self.vectors, allowed, k, self.metric)
-        found = np.empty((len(queries), k), dtype=np.float32)
-        rows = np.empty((len(queries), k), dtype=np.int64)
-        pools = self._index.candidates(queries, wanted, allowed)
-        if (pools < 0).any():  # scores beyond float32, which FAISS leaves out
+        usable, least_recall = self.rows, _DEFAULT_RECALL
+        if allowed is not None:
+            usable = allowed.count
+            if allowed.share < _MOST:
+                least_recall = _FILTERED_RECALL
+        knob = self._curve.knob(effort, least_recall)
+        if knob is None or usable <= max(index.pool(k, knob), int(self.rows * index.scan_share)):
             return similarity.scan(queries, self.vectors, allowed, k, self.metric)
-        for i, candidates in enumerate(pools):
-            values = similarity.scores(queries[i], self.vectors[candidates], self.metric)
-            top = similarity.best(values, k)
-            found[i], rows[i] = values[top], candidates[top]
-        return found, rows
+        pools = index.candidates(queries, index.pool(k, knob), allowed, knob)
+        scores, rows = similarity.rescore(queries, self.vectors, pools, k, self.metric)
+        # A walk may end among what is not allowed, or in a corner of the graph; and FAISS leaves out
+        # what lies beyond float32.
+        short = np.flatnonzero((pools < 0).any(axis=1))
+        if len(short):
+            scores[short], rows[short] = similarity.scan(
+                queries[short], self.vectors, allowed, k, self.metric
+            )
+        return scores, rows
 
     def verify(self, pace: Callable[[int], None] | None = None) -> None:
         """Read every byte and compare it with its checksum; SegmentCorrupt where one differs.
@@ -244,16 +271,22 @@ def _map(path: Path) -> Any:
 
 
 def _write(
-    directory: Path, draft: Draft, vectors: Iterable[np.ndarray], metric: Metric, covers: tuple[int, int]
+    directory: Path,
+    draft: Draft,
+    vectors: Iterable[np.ndarray],
+    metric: Metric,
+    covers: tuple[int, int],
+    kind: IndexKind,
+    device: str,
 ) -> None:
     records: dict[str, FileRecord] = {}
     blocks = (np.ascontiguousarray(block, dtype="<f4").data for block in vectors)
     records[_VECTORS] = files.write(directory / _VECTORS, blocks)
     # From the file: the blocks need not all be in memory at once.
     written = np.frombuffer(_map(directory / _VECTORS), "<f4").reshape(draft.rows, -1)
-    index = QuantizedIndex.build(written, metric)
-    if index is not None:
-        index.save(directory / _INDEX)
+    built = _build_index(written, metric, kind, device)
+    if built is not None:
+        built[0].save(directory / _INDEX)
         files.sync(directory / _INDEX)
         records[_INDEX] = files.record(directory / _INDEX)
     places: dict[str, _ArrayPlace] = {}
@@ -274,5 +307,30 @@ def _write(
         covers=covers,
         files=records,
         arrays=places,
+        kind=IndexKind.FLAT if built is None else built[0].kind,
+        curve=() if built is None else built[1].rungs,
+        held=tuple(built[0].held.tolist()) if built and isinstance(built[0], GraphIndex) else (),
     )
     files.write(directory / _HEADER, [frame.seal(_MAGIC, _FORMAT, msgspec.msgpack.encode(header))])
+
+
+def _build_index(
+    vectors: np.ndarray, metric: Metric, kind: IndexKind, device: str
+) -> tuple[CandidateIndex, Curve] | None:
+    """The index of that kind and what it finds; flat codes, or none, where it finds too little."""
+    built: tuple[CandidateIndex, Curve] | None = None
+    if kind is IndexKind.HNSW:
+        built = GraphIndex.build(vectors, metric)
+    elif kind is IndexKind.IVF:
+        built = InvertedIndex.build(vectors, metric, for_gpu=device != devices.CPU)
+    return built or QuantizedIndex.build(vectors, metric)
+
+
+def _open_index(path: Path, header: _Header) -> CandidateIndex:
+    match header.kind:
+        case IndexKind.HNSW:
+            return GraphIndex.open(path, np.array(header.held, np.int64))
+        case IndexKind.IVF:
+            return InvertedIndex.open(path)
+        case IndexKind.FLAT:
+            return QuantizedIndex.open(path, header.metric)

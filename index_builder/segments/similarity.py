@@ -12,6 +12,8 @@ _BLOCKED_FROM = 4096
 _BLOCKS = 16
 #: Where a larger share of rows is allowed, scoring all of them is cheaper than copying those out.
 _GATHER_SHARE = 1 / 4
+#: Float32 values of candidates copied out at once: they stay in the processor's cache.
+_RESCORED_VALUES = 1 << 18
 
 
 def prepare(vectors: np.ndarray, metric: Metric, out: np.ndarray | None = None) -> np.ndarray:
@@ -103,6 +105,37 @@ def scan(
         top = top[values[top] > -np.inf]
         found[i, : len(top)] = values[top]
         rows[i, : len(top)] = top if picks is None else picks[top]
+    return found, rows
+
+
+def rescore(
+    queries: np.ndarray, vectors: np.ndarray, candidates: np.ndarray, k: int, metric: Metric
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of each query's candidates, exactly: the scores are those of `scores`, bit for bit.
+
+    queries: float32 [q, dim], vectors: float32 [n, dim], both prepared; candidates: rows int64 [q, c], -1
+    for none. Returns scores float32 [q, k], best first, -inf where there are no more, and rows int64
+    [q, k], -1 there.
+    """
+    found = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    rows = np.full((len(queries), k), -1, dtype=np.int64)
+    width = min(k, candidates.shape[1])
+    step = max(1, _RESCORED_VALUES // (candidates.shape[1] * vectors.shape[1]))
+    for start in range(0, len(queries), step):
+        picks, some = candidates[start : start + step], queries[start : start + step, None, :]
+        # Where there is no candidate, row 0 stands in and is struck out below.
+        block = np.take(vectors, picks, axis=0, mode="clip")
+        if metric is Metric.L2:
+            np.subtract(block, some, out=block)
+            values = np.vecdot(block, block)
+            np.negative(values, out=values)
+        else:
+            values = np.vecdot(block, some)
+        values[picks < 0] = -np.inf
+        top = np.argsort(-values, axis=1, kind="stable")[:, :width]
+        lines = np.arange(len(top))[:, None]
+        found[start : start + step, :width] = values[lines, top]
+        rows[start : start + step, :width] = picks[lines, top]
     return found, rows
 
 

@@ -27,7 +27,7 @@ from services.gateway.models import Models, require_dimension, space_at
 from services.gateway.recommend import Recommend
 from services.gateway.retrieval import Retrieval
 from services.gateway.streams import in_order
-from shard_router.errors import InvalidField, NotFound, NotImplementedHere
+from shard_router.errors import InvalidField, NotFound
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,127}")
 ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -189,8 +189,6 @@ class CollectionService:
             raise InvalidField("metric", f"{request.metric} is not a metric")
         if request.index.kind not in ("", *INDEX_KINDS):
             raise InvalidField("index.kind", f"{request.index.kind!r} is none of {', '.join(INDEX_KINDS)}")
-        if request.index.kind in ("hnsw", "ivf"):
-            raise NotImplementedHere(f"index kind {request.index.kind!r}", "index.kind")
         model: str | None = None
         dim, space = request.dim, f"vectors:{request.dim}"
         if request.model or not request.dim:

@@ -368,7 +368,6 @@ BAD: dict[str, Bad] = {
     "too many shards": create(INVALID, "shards", shards=65),
     "too many replicas": create(INVALID, "replicas", replicas=2**32 - 1),
     "an index of no kind": create(INVALID, "index.kind", index=pb.IndexSpec(kind="zzz")),
-    "an index of another kind": create(UNIMPLEMENTED, "index.kind", index=pb.IndexSpec(kind="hnsw")),
     "get of no collection": Bad("collection.Get", pb.GetCollectionRequest(name="no-such"), NOT_FOUND, "name"),
     "delete of no collection": Bad(
         "collection.Delete", pb.DeleteCollectionRequest(name="no-such"), NOT_FOUND, "name"
