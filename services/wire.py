@@ -4,6 +4,7 @@ Reading checks form (types, sizes, finiteness) and names the field at fault; wri
 Vectors are views of the message's bytes where their dtype is F32.
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence, Sized
 from datetime import UTC, datetime, timedelta
@@ -54,6 +55,8 @@ MAX_MAGNITUDE = 1e16
 OUT_OF_BOUNDS = f"has a value that is not finite, or beyond {MAX_MAGNITUDE:g}"
 #: Filter messages nest at most this deep; the text form has a bound of its own.
 MAX_FILTER_DEPTH = 64
+#: What an answer carries where the request does not say.
+ALL = Include()
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: The years 1 to 9999, which are all that a Timestamp may say.
 FIRST_US, LAST_US = -62_135_596_800_000_000, 253_402_300_799_999_999
@@ -86,7 +89,7 @@ def array_from(matrix: pb.Matrix, field: str, *, dim: int | None = None, check: 
             values = np.frombuffer(matrix.data, np.int8).reshape(shape) * scales
     if check and values.size:
         # Two passes without a temporary array; a NaN comes through both and fits no bound.
-        low, high = values.min(), values.max()
+        low, high = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
         if not (low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE):
             row = int(np.argmin(rows_in_bounds(values)))
             raise InvalidField(field, f"row {row} {OUT_OF_BOUNDS}")
@@ -224,9 +227,14 @@ def version_on_wire(version: Version) -> pb.Version:
     return pb.Version(term=version.term, seq=version.seq)
 
 
+@functools.cache
+def _include(attributes: bool, text: bool, vector: bool) -> Include:
+    return Include(attributes, text, vector)
+
+
 def include_from(request: pb.Include, given: bool) -> Include:
     """Which parts to answer with: attributes and text where the request does not say."""
-    return Include(request.attributes, request.text, request.vector) if given else Include()
+    return _include(request.attributes, request.text, request.vector) if given else ALL
 
 
 def effort_from(

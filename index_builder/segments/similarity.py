@@ -32,6 +32,8 @@ def prepare(vectors: np.ndarray, metric: Metric, out: np.ndarray | None = None) 
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         squares = np.vecdot(vectors, vectors)
         np.divide(vectors, np.sqrt(squares)[:, None], out=result)
+    if len(squares) == 1 and 1e-30 < squares.item() < 1e30:  # one query, as most are
+        return result
     # float32 squares of very short or very long vectors lose digits, or leave the range altogether. Only
     # such rows go another way: how a vector is rounded must not depend on what it arrived with.
     extreme = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))

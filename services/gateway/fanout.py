@@ -5,7 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from shard_router.merge import merge
 from shard_router.model import Hit, Include, Version
 
 log = logging.getLogger(__name__)
-
-A = TypeVar("A")
 
 
 class Found(NamedTuple, Generic[Hits]):
@@ -51,7 +49,7 @@ class FanOut:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
-    async def search(
+    def search(
         self,
         served: Served,
         queries: np.ndarray,
@@ -64,21 +62,15 @@ class FanOut:
         min_coverage: float,
         deadline: Deadline,
         exclude: frozenset[str] = frozenset(),
-    ) -> Found[list[Hit]]:
+    ) -> Awaitable[Found[list[Hit]]]:
         """The k best documents for every query (float32 [n, dim]); ShardUnavailable below `min_coverage`.
 
         A shard that fails is left out and shows in the coverage; a passed deadline fails the call.
         """
+        options = _Options(filter, exact, effort, include, exclude, deadline)
+        return self._search(served, queries, k, options, min_coverage, Replica.search, merge)
 
-        def ask(replica: Replica) -> Awaitable[ShardAnswer[list[Hit]]]:
-            return replica.search(
-                queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
-                deadline=deadline,
-            )  # fmt: skip
-
-        return await self._search(served, len(queries), ask, min_coverage, lambda parts: merge(parts, k))
-
-    async def search_rendered(
+    def search_rendered(
         self,
         served: Served,
         queries: np.ndarray,
@@ -91,37 +83,43 @@ class FanOut:
         min_coverage: float,
         deadline: Deadline,
         exclude: frozenset[str] = frozenset(),
-    ) -> Found[RenderedHits]:
+    ) -> Awaitable[Found[RenderedHits]]:
         """The same as `search`, with the hits as they go on the wire."""
-
-        def ask(replica: Replica) -> Awaitable[ShardAnswer[RenderedHits]]:
-            return replica.search_rendered(
-                queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
-                deadline=deadline,
-            )  # fmt: skip
-
-        return await self._search(served, len(queries), ask, min_coverage, lambda parts: _merged(parts, k))
+        options = _Options(filter, exact, effort, include, exclude, deadline)
+        return self._search(served, queries, k, options, min_coverage, Replica.search_rendered, _merged)
 
     async def _search(
         self,
         served: Served,
-        queries: int,
-        ask: Callable[[Replica], Awaitable[ShardAnswer[Hits]]],
+        queries: np.ndarray,
+        k: int,
+        options: "_Options",
         min_coverage: float,
-        merge: Callable[[Sequence[Hits]], Hits],
+        ask: Callable[..., Awaitable[ShardAnswer[Hits]]],
+        merge: Callable[[Sequence[Hits], int], Hits],
     ) -> Found[Hits]:
         began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
-        asked, good = await self._ask(served, ask)
+        if len(served.replicas) == 1:  # nothing to choose, nothing to do side by side
+            [shard] = served.replicas
+            asked, answers = 1, [await _outcome(served, shard, queries, k, options, ask)]
+        else:
+            loads = {shard: [0.0] for shard in served.replicas}
+            plan = plan_fanout(served.shard_map, loads, self._rng)
+            asked = len(plan.calls) + len(plan.unreachable)
+            answers = await asyncio.gather(
+                *(_outcome(served, call.shard, queries, k, options, ask) for call in plan.calls)
+            )
+        good = [answer for answer in answers if answer is not None]
         if not good or len(good) < min_coverage * asked:
             raise ShardUnavailable(len(good), asked, min_coverage)
         searched = time.perf_counter()
         if len(good) == 1:  # a shard's answer is ranked, and holds every document once
             hits = good[0].hits
         else:
-            hits = [merge([answer.hits[i] for answer in good]) for i in range(queries)]
+            hits = [merge([answer.hits[i] for answer in good], k) for i in range(len(queries))]
         return Found(
             hits,
-            min(answer.position for answer in good),
+            min([answer.position for answer in good]),
             as_of_ms,
             asked,
             len(good),
@@ -129,28 +127,39 @@ class FanOut:
             (time.perf_counter() - searched) * 1e3,
         )
 
-    async def _ask(self, served: Served, ask: Callable[[Replica], Awaitable[A]]) -> tuple[int, list[A]]:
-        """How many shards there are to ask, and what those that answered said."""
 
-        async def outcome(shard: int) -> A | None:
-            try:
-                return await ask(served.replicas[shard])
-            except DeadlineExceeded:
-                raise
-            except Exception as error:
-                name = served.collection.name
-                log.error("shard %d of %s failed a search", shard, name, exc_info=error)
-                return None
+class _Options(NamedTuple):
+    """What every shard is asked alike."""
 
-        if len(served.replicas) == 1:  # nothing to choose, nothing to do side by side
-            [shard] = served.replicas
-            answer = await outcome(shard)
-            return 1, [] if answer is None else [answer]
-        loads = {shard: [0.0] for shard in served.replicas}
-        plan = plan_fanout(served.shard_map, loads, self._rng)
-        answers = await asyncio.gather(*(outcome(call.shard) for call in plan.calls))
-        asked = len(plan.calls) + len(plan.unreachable)
-        return asked, [answer for answer in answers if answer is not None]
+    filter: Filter | None
+    exact: bool
+    effort: Effort
+    include: Include
+    exclude: frozenset[str]
+    deadline: Deadline
+
+
+async def _outcome(
+    served: Served,
+    shard: int,
+    queries: np.ndarray,
+    k: int,
+    options: _Options,
+    ask: Callable[..., Awaitable[ShardAnswer[Hits]]],
+) -> ShardAnswer[Hits] | None:
+    """A shard's answer; None where it failed, DeadlineExceeded where time is up."""
+    filter, exact, effort, include, exclude, deadline = options
+    try:
+        return await ask(
+            served.replicas[shard], queries, k, filter=filter, exact=exact, effort=effort, include=include,
+            exclude=exclude, deadline=deadline,
+        )  # fmt: skip
+    except DeadlineExceeded:
+        raise
+    except Exception as error:
+        name = served.collection.name
+        log.error("shard %d of %s failed a search", shard, name, exc_info=error)
+        return None
 
 
 class _Scored(NamedTuple):

@@ -41,6 +41,14 @@ Request = pb.SearchRequest | pb.BatchSearchRequest | pb.RecommendRequest
 Response = TypeVar("Response", pb.SearchResponse, pb.BatchSearchResponse, pb.RecommendResponse)
 
 
+#: The end of a SearchResponse, as bytes: where it was served from, and what stands before the length of the
+#: timings, which is one byte, as they are nine doubles.
+_SERVED_FROM = {
+    tier: pb.SearchResponse(served_from=tier).SerializeToString() for tier in pb.ServedFrom.values()
+}
+_TIMINGS = pb.SearchResponse(timings=pb.Timings()).SerializeToString()[:-1]
+
+
 class Retrieval:
     """The first stage: from a query to the nearest documents."""
 
@@ -247,7 +255,7 @@ def _suffix(
     timings: pb.Timings | None = None,
     cache_ms: float = 0.0,
 ) -> bytes:
-    tail = pb.SearchResponse(served_from=served_from, timings=timings)
-    times = tail.timings
-    times.total_ms, times.cache_ms = (time.perf_counter() - began) * 1e3, cache_ms
-    return tail.SerializeToString()
+    timings = timings or pb.Timings()
+    timings.total_ms, timings.cache_ms = (time.perf_counter() - began) * 1e3, cache_ms
+    told = timings.SerializeToString()
+    return b"".join((_SERVED_FROM[served_from], _TIMINGS, bytes((len(told),)), told))

@@ -6,7 +6,7 @@ of them. What the contract names and no method here answers is UNIMPLEMENTED.
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,14 +158,14 @@ class SearchService:
         self._batch = batch
         self._recommend = recommend
 
-    async def Search(self, request: pb.SearchRequest, call: Call) -> bytes:
-        return await self._retrieval.search(request, call.tenant, call.deadline)
+    def Search(self, request: pb.SearchRequest, call: Call) -> Awaitable[bytes]:
+        return self._retrieval.search(request, call.tenant, call.deadline)
 
-    async def BatchSearch(self, request: pb.BatchSearchRequest, call: Call) -> pb.BatchSearchResponse:
-        return await self._batch.search(request, call.tenant, call.deadline)
+    def BatchSearch(self, request: pb.BatchSearchRequest, call: Call) -> Awaitable[pb.BatchSearchResponse]:
+        return self._batch.search(request, call.tenant, call.deadline)
 
-    async def Recommend(self, request: pb.RecommendRequest, call: Call) -> bytes:
-        return await self._recommend.recommend(request, call.tenant, call.deadline)
+    def Recommend(self, request: pb.RecommendRequest, call: Call) -> Awaitable[bytes]:
+        return self._recommend.recommend(request, call.tenant, call.deadline)
 
 
 class CollectionService:

@@ -178,7 +178,7 @@ class Replica:
                 heapq.heapify(self._waiters)
         return position <= self.position
 
-    async def search(
+    def search(
         self,
         queries: np.ndarray,
         k: int,
@@ -189,19 +189,19 @@ class Replica:
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
         deadline: Deadline,
-    ) -> ShardAnswer[list[Hit]]:
+    ) -> Awaitable[ShardAnswer[list[Hit]]]:
         """The best k live documents for each query that pass the filter, never one of `exclude`.
 
         queries: float32 [n, dim], any length; a larger score is better, L2 is minus the squared
         distance, and a zero vector scores 0 under cosine. filter: checked against the schema.
         DimensionMismatch, Overloaded, DeadlineExceeded, Unavailable.
         """
-        return await self._search(
+        return self._search(
             queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
             rendered=False, deadline=deadline,
         )  # fmt: skip
 
-    async def search_rendered(
+    def search_rendered(
         self,
         queries: np.ndarray,
         k: int,
@@ -212,9 +212,9 @@ class Replica:
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
         deadline: Deadline,
-    ) -> ShardAnswer[RenderedHits]:
+    ) -> Awaitable[ShardAnswer[RenderedHits]]:
         """The same as `search`, with the hits as they go on the wire."""
-        return await self._search(
+        return self._search(
             queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
             rendered=True, deadline=deadline,
         )  # fmt: skip

@@ -239,21 +239,23 @@ class Searches:
         self, pieces: Sequence[Piece[_Search]]
     ) -> tuple[Sequence[Piece[_Search]], list[Any], Exception | None]:
         """The pieces, and the hits of their rows or why there are none."""
-        began_s = time.thread_time()
+        began_s = time.perf_counter()
         try:
             hits = self._search(pieces)
         except Exception as error:
             log.exception("a batch of %d searches failed", len(pieces))
             return pieces, [], error
-        self._learn(pieces[0].item.kind, (time.thread_time() - began_s) * 1e3 / len(hits))
+        self._learn(pieces[0].item.kind, (time.perf_counter() - began_s) * 1e3 / len(hits))
         return pieces, hits, None
 
     def _learn(self, kind: Hashable, query_ms: float) -> None:
-        """Remember what a query of that kind took."""
+        """Remember what a query of that kind took; one that was held up counts for no more than twice."""
         known = self._query_ms.get(kind)
         if known is None and len(self._query_ms) >= _KINDS_MOST:
             self._query_ms.clear()
-        self._query_ms[kind] = query_ms if known is None else known + _LEARNING * (query_ms - known)
+        if known is not None:
+            query_ms = known + _LEARNING * (min(query_ms, 2 * known) - known)
+        self._query_ms[kind] = query_ms
 
     def _search(self, pieces: Sequence[Piece[_Search]]) -> list[Any]:
         """The hits of every row of the pieces, in order."""

@@ -204,7 +204,7 @@ class Snapshot:
         ranking = Ranking(views, _counts(rows), scores, parts, rows)
         # Everything as good as the k-th stays in until ids have decided; -inf is where there is nothing.
         equal = scores[:, 1 : k + 1] == scores[:, : min(k, scores.shape[1] - 1)]
-        if equal.any():
+        if np.count_nonzero(equal):
             for i in np.flatnonzero(equal.any(axis=1)).tolist():
                 _order_ties(ranking, i, k)
         return ranking
@@ -239,7 +239,7 @@ class Snapshot:
 def _counts(rows: np.ndarray) -> list[int]:
     """How many rows each query found, of int64 [q, n] that end in -1 where there are no more."""
     count, width = rows.shape
-    if width and rows[:, -1].min(initial=0) >= 0:
+    if count and width and min(rows[:, -1].tolist()) >= 0:
         return [width] * count
     counts: list[int] = (rows >= 0).sum(axis=1).tolist()
     return counts
