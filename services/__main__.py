@@ -5,6 +5,7 @@ Exit codes: 0 stopped by SIGTERM or SIGHUP, 1 could not start, 2 wrong usage, 13
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     # The terminal was closed, and nohup did not ask to outlive it.
     EXIT_CODES[signal.SIGHUP] = 0
+#: Objects made, less those freed, between two runs of the garbage collector; a few batches' worth.
+GARBAGE_OBJECTS = 50_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +92,7 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if not told.done():
             addresses = starting.result()
+            _spare_the_collector()
             ready = {"ready": True, "grpc": addresses.grpc, "http": addresses.http, "pid": os.getpid()}
             if as_json:
                 print(json.dumps(ready), flush=True)
@@ -99,6 +103,16 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
         starting.cancel()
         await asyncio.wait({starting})
         await service.stop()
+
+
+def _spare_the_collector() -> None:
+    """What the start has made stays: the garbage collector need not walk over it again and again.
+
+    It would, as documents come in by the thousand; that took a third of the time of ingest.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS)
 
 
 def _say(words: str) -> None:

@@ -16,10 +16,15 @@ class RingfortError(Exception):
         name = type(self).__name__
         return "".join(f"_{c}" if c.isupper() and i else c for i, c in enumerate(name)).upper()
 
-    #: The request's field at fault, where one is.
+    #: The request's field at fault, where one is; "" for the whole of what was given.
     field: str = ""
     #: When to try again, where that helps.
     retry_after_ms: int | None = None
+
+    def within(self, parent: str) -> "RingfortError":
+        """This error, about a part of the request: `id` within `documents[3]` is `documents[3].id`."""
+        self.field = f"{parent}.{self.field}" if self.field else parent
+        return self
 
 
 class InvalidField(RingfortError):
@@ -28,6 +33,12 @@ class InvalidField(RingfortError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field, self.problem = field, problem
+
+    def within(self, parent: str) -> RingfortError:
+        """As of every error; the message says it, too."""
+        super().within(parent)
+        self.args = (f"{self.field}: {self.problem}",)
+        return self
 
 
 class InvalidFilter(InvalidField):

@@ -1,7 +1,8 @@
 """The words every room shares, as plain values.
 
 Units: positions (`seq`) are counts in one log; timestamps are integer microseconds since 1970 UTC;
-vectors are float32. Names are those of the API contract.
+vectors are float32. Names are those of the API contract. What there is one of per document is a msgspec
+Struct: made in a seventh of the time of a frozen dataclass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 if TYPE_CHECKING:
@@ -41,8 +43,7 @@ class Metric(StrEnum):
     L2 = "l2"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Version:
+class Version(msgspec.Struct, frozen=True, order=True):
     """A document's version: greater is newer."""
 
     term: int
@@ -83,8 +84,7 @@ class Collection:
     aliases: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LogRow:
+class LogRow(msgspec.Struct, frozen=True):
     """One document as the log last left it; a tombstone where `deleted`."""
 
     id: str
@@ -110,8 +110,7 @@ class LogDelta:
     vectors: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class Upsert:
+class Upsert(msgspec.Struct, frozen=True):
     """Replace a whole document. `vector` is float32 [dim]."""
 
     id: str
@@ -121,8 +120,7 @@ class Upsert:
     if_version: Version | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+class Patch(msgspec.Struct, frozen=True):
     """Set some attributes, clear others; text and vector stay."""
 
     id: str
@@ -131,8 +129,7 @@ class Patch:
     if_version: Version | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(msgspec.Struct, frozen=True):
     """Leave a tombstone; removing what is not there changes nothing."""
 
     id: str
@@ -142,8 +139,7 @@ class Remove:
 Write = Upsert | Patch | Remove
 
 
-@dataclass(frozen=True, slots=True)
-class WriteOutcome:
+class WriteOutcome(msgspec.Struct, frozen=True):
     """What became of one write: a version, or the error that refused it alone.
 
     `version` is None where nothing changed (a Remove of an unknown id) or where `error` is set.

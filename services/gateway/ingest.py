@@ -5,10 +5,13 @@ document is written.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from protos.ringfort import v1 as pb
@@ -24,21 +27,25 @@ from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, V
 from shard_router.filters import Filter, check
 from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, Write, WriteOutcome
 
+Response = TypeVar("Response", pb.UpsertResponse, pb.PatchResponse)
+
 #: Batches of one stream that are embedded, and that are committed, at once; reading pauses beyond it.
 STREAM_BATCHES = 4
 #: Documents one round of a Delete by filter takes.
 DELETE_ROWS = 2_048
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A document on its way: checked, perhaps still without a vector."""
+class _Wanting(msgspec.Struct, frozen=True):
+    """A checked document whose text has to be embedded first."""
 
     id: str
-    text: str | None
+    text: str
     attributes: dict[str, AttributeValue]
-    vector: np.ndarray | None
     if_version: Version | None
+
+    def with_vector(self, vector: np.ndarray) -> Upsert:
+        """The write it becomes; vector float32 [dim]."""
+        return Upsert(self.id, self.text, self.attributes, vector, self.if_version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class _Checked:
     """A call's writes, each ready for the log or refused, in order."""
 
     served: Served
+    #: The request's field that they came in, and their ids.
+    field: str
     ids: Sequence[str]
     writes: Sequence[Write | RingfortError]
     wait: "pb.Wait.ValueType"
@@ -53,11 +62,31 @@ class _Checked:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What became of a call's writes; `upto` is 0 where nothing was committed."""
+    """What became of a call's writes, in order; `token` is None where nothing was committed."""
 
-    statuses: list[pb.WriteStatus]
+    ids: Sequence[str]
+    outcomes: Sequence[WriteOutcome]
     visible: bool
     token: pb.WriteToken | None
+
+    def told(self, response: Response) -> Response:
+        """The response, with all of it."""
+        add = response.statuses.add
+        for id, outcome in zip(self.ids, self.outcomes, strict=True):
+            if outcome.version is not None:
+                # Filled in place: a message built beside and copied in costs four times as much.
+                version = add(id=id).version
+                version.term, version.seq = outcome.version.term, outcome.version.seq
+            elif outcome.error is None:
+                add(id=id)
+            else:
+                error = outcome.error
+                code = status.number(status.code_of(error))
+                add(id=id, code=code, message=str(error), field=error.field)
+        response.visible = self.visible
+        if self.token is not None:
+            response.token.CopyFrom(self.token)
+        return response
 
 
 class Ingest:
@@ -74,7 +103,7 @@ class Ingest:
         """Replace whole documents; a status each, in order."""
         checked = await self._check_upsert(request, tenant, deadline)
         written = await self._finish(checked, self._submit(checked), deadline, refuse_all=True)
-        return pb.UpsertResponse(statuses=written.statuses, visible=written.visible, token=written.token)
+        return written.told(pb.UpsertResponse())
 
     async def upsert_stream(
         self, requests: AsyncIterator[pb.UpsertRequest], tenant: str, deadline: Deadline
@@ -90,22 +119,24 @@ class Ingest:
         written = in_order(queued(), lambda pair: self._finish(*pair, deadline), STREAM_BATCHES)
         async with aclosing(written):
             async for w in written:
-                yield pb.UpsertResponse(statuses=w.statuses, visible=w.visible, token=w.token)
+                yield w.told(pb.UpsertResponse())
 
     async def patch(self, request: pb.PatchRequest, tenant: str, deadline: Deadline) -> pb.PatchResponse:
         """Set and clear attributes; text and vector stay."""
         served = self._catalog.resolve(tenant, request.collection)
         wire.check_wait(request.wait)
         wire.check_rows(request.patches, "patches", self._limits.max_batch_rows)
+        reader = wire.AttributeReader(served.collection.schema, self._limits.max_attributes_bytes)
         writes: list[Write | RingfortError] = []
         for i, patch in enumerate(request.patches):
             try:
-                writes.append(self._patch(served, patch, f"patches[{i}]"))
+                writes.append(self._patch(served, patch, reader))
             except RingfortError as error:
-                writes.append(error)
-        checked = _Checked(served, [patch.id for patch in request.patches], writes, request.wait)
+                writes.append(error.within(f"patches[{i}]"))
+        ids = [patch.id for patch in request.patches]
+        checked = _Checked(served, "patches", ids, writes, request.wait)
         written = await self._finish(checked, self._submit(checked), deadline, refuse_all=True)
-        return pb.PatchResponse(statuses=written.statuses, visible=written.visible, token=written.token)
+        return written.told(pb.PatchResponse())
 
     async def delete(self, request: pb.DeleteRequest, tenant: str, deadline: Deadline) -> pb.DeleteResponse:
         """Remove documents by id, or all that match a filter at the time."""
@@ -149,84 +180,78 @@ class Ingest:
         served = self._catalog.resolve(tenant, request.collection)
         wire.check_wait(request.wait)
         wire.check_rows(request.documents, "documents", self._limits.max_batch_rows)
-        drafts = self._drafts(served, request)
-        wanting = [draft for draft in drafts if isinstance(draft, _Draft) and draft.vector is None]
-        if wanting:
+        checked = self._documents(served, request)
+        texts = [one.text for one in checked if isinstance(one, _Wanting)]
+        vectors: Iterator[np.ndarray] = iter(())
+        if texts:
             # Documents are rarely embedded twice; caching them would only push queries out.
             made = await self._models.embed_for(
-                served.collection, [draft.text or "" for draft in wanting], InputType.DOCUMENT, deadline,
-                use_cache=False,
-            )  # fmt: skip
-            for draft, vector in zip(wanting, made.vectors, strict=True):
-                draft.vector = vector
-        writes = [
-            draft
-            if isinstance(draft, RingfortError)
-            else Upsert(draft.id, draft.text, draft.attributes, _present(draft.vector), draft.if_version)
-            for draft in drafts
-        ]
-        return _Checked(served, [document.id for document in request.documents], writes, request.wait)
+                served.collection, texts, InputType.DOCUMENT, deadline, use_cache=False
+            )
+            vectors = iter(made.vectors)
+        writes = [one.with_vector(next(vectors)) if isinstance(one, _Wanting) else one for one in checked]
+        ids = [document.id for document in request.documents]
+        return _Checked(served, "documents", ids, writes, request.wait)
 
-    def _drafts(self, served: Served, request: pb.UpsertRequest) -> list[_Draft | RingfortError]:
-        matrix, sound = None, None
+    def _documents(
+        self, served: Served, request: pb.UpsertRequest
+    ) -> list[Upsert | _Wanting | RingfortError]:
+        """Every document of a request, checked; one that is refused as its error."""
+        rows: Iterable[np.ndarray | None] = itertools.repeat(None, len(request.documents))
+        sound: Iterable[bool] = itertools.repeat(True, len(request.documents))
         if request.HasField("vectors"):
             matrix = wire.array_from(request.vectors, "vectors", dim=served.collection.dim, check=False)
             if len(matrix) != len(request.documents):
                 raise InvalidField("vectors.rows", f"{len(matrix)} rows, {len(request.documents)} documents")
-            sound = wire.rows_in_bounds(matrix)
-        drafts: list[_Draft | RingfortError] = []
-        for i, document in enumerate(request.documents):
-            field = f"documents[{i}]"
+            rows, sound = list(matrix), wire.rows_in_bounds(matrix).tolist()
+        reader = wire.AttributeReader(served.collection.schema, self._limits.max_attributes_bytes)
+        checked: list[Upsert | _Wanting | RingfortError] = []
+        for document, vector, inside in zip(request.documents, rows, sound, strict=True):
             try:
-                draft = self._draft(served, document, field, request.truncate)
-                if matrix is not None and sound is not None:
-                    if draft.vector is not None:
-                        raise InvalidField(f"{field}.vector", "is given, and so is `vectors`")
-                    if not sound[i]:
-                        raise InvalidField(f"{field}.vector", wire.OUT_OF_BOUNDS)
-                    draft.vector = matrix[i]
-                self._require_vector_or_text(served, draft, field)
-                drafts.append(draft)
+                if not inside:
+                    raise InvalidField("vector", wire.OUT_OF_BOUNDS)
+                checked.append(self._document(served, document, vector, reader, request.truncate))
             except RingfortError as error:
-                drafts.append(error)
-        return drafts
+                checked.append(error.within(f"documents[{len(checked)}]"))
+        return checked
 
-    def _draft(self, served: Served, document: pb.Document, field: str, truncate: bool) -> _Draft:
-        collection, limits = served.collection, self._limits
-        id = wire.key(document.id, f"{field}.id", limits.max_id_bytes)
+    def _document(
+        self,
+        served: Served,
+        document: pb.Document,
+        vector: np.ndarray | None,
+        reader: wire.AttributeReader,
+        truncate: bool,
+    ) -> Upsert | _Wanting:
+        """One document; fields of its errors are its own. vector: float32 [dim], from beside it."""
+        id = wire.key(document.id, "id", self._limits.max_id_bytes)
         text = document.text if document.HasField("text") else None
         if text is not None:
             if "\0" in text:
-                raise InvalidField(f"{field}.text", "holds a NUL character")
-            text = self._models.check_text(text, f"{field}.text", truncate=truncate)
-        attributes = wire.attributes_from(
-            document.attributes, collection.schema, f"{field}.attributes", limits.max_attributes_bytes
-        )
-        vector = None
+                raise InvalidField("text", "holds a NUL character")
+            text = self._models.check_text(text, "text", truncate=truncate)
+        attributes = reader.read(document.attributes, document.ByteSize())
         if document.HasField("vector"):
+            if vector is not None:
+                raise InvalidField("vector", "is given, and so is `vectors`")
             if document.vector.rows != 1:
-                raise InvalidField(f"{field}.vector.rows", f"{document.vector.rows} rows where one is meant")
-            vector = wire.array_from(document.vector, f"{field}.vector", dim=collection.dim)[0]
+                raise InvalidField("vector.rows", f"{document.vector.rows} rows where one is meant")
+            vector = wire.array_from(document.vector, "vector", dim=served.collection.dim)[0]
         if_version = wire.version_from(document.if_version) if document.HasField("if_version") else None
-        return _Draft(id, text, attributes, vector, if_version)
-
-    def _require_vector_or_text(self, served: Served, draft: _Draft, field: str) -> None:
-        if draft.vector is not None:
-            return
+        if vector is not None:
+            return Upsert(id, text, attributes, vector, if_version)
         if served.collection.model is None:
-            raise InvalidField(f"{field}.vector", "is missing, and the collection has no model to make it")
-        if not draft.text:
-            raise InvalidField(f"{field}.text", "is empty, and there is no vector")
+            raise InvalidField("vector", "is missing, and the collection has no model to make it")
+        if not text:
+            raise InvalidField("text", "is empty, and there is no vector")
+        return _Wanting(id, text, attributes, if_version)
 
-    def _patch(self, served: Served, patch: pb.Patch, field: str) -> Patch:
-        wire.key(patch.id, f"{field}.id", self._limits.max_id_bytes)
-        schema = served.collection.schema
+    def _patch(self, served: Served, patch: pb.Patch, reader: wire.AttributeReader) -> Patch:
+        wire.key(patch.id, "id", self._limits.max_id_bytes)
         for i, name in enumerate(patch.clear):
-            if name not in schema:
-                raise InvalidField(f"{field}.clear[{i}]", f"the collection declares no attribute {name!r}")
-        attributes = wire.attributes_from(
-            patch.attributes, schema, f"{field}.attributes", self._limits.max_attributes_bytes
-        )
+            if name not in served.collection.schema:
+                raise InvalidField(f"clear[{i}]", f"the collection declares no attribute {name!r}")
+        attributes = reader.read(patch.attributes, patch.ByteSize())
         if_version = wire.version_from(patch.if_version) if patch.HasField("if_version") else None
         return Patch(patch.id, attributes, tuple(patch.clear), if_version)
 
@@ -274,12 +299,14 @@ class Ingest:
             WriteOutcome(error=write) if isinstance(write, RingfortError) else next(left)
             for write in checked.writes
         ]
+        for i, (write, outcome) in enumerate(zip(checked.writes, outcomes, strict=True)):
+            if outcome.error is not None and outcome.error is not write:
+                outcome.error.within(f"{checked.field}[{i}]")
         if refuse_all and outcomes[0].error is not None and all(o.error is not None for o in outcomes):
             raise outcomes[0].error
         visible = checked.wait == pb.VISIBLE and await checked.served.wait_for(done.upto, deadline)
         token = wire.token_on_wire({checked.served.log_id: done.upto}) if done.upto else None
-        statuses = [_status(id, outcome) for id, outcome in zip(checked.ids, outcomes, strict=True)]
-        return _Written(statuses, visible, token)
+        return _Written(checked.ids, outcomes, visible, token)
 
     async def _wait(self, done: "asyncio.Future[Committed]", deadline: Deadline) -> Committed:
         """The commit goes on whatever becomes of its caller."""
@@ -287,18 +314,3 @@ class Ingest:
             return await asyncio.wait_for(asyncio.shield(done), deadline.require("the write queue"))
         except TimeoutError:
             raise DeadlineExceeded("the commit") from None
-
-
-def _present(vector: np.ndarray | None) -> np.ndarray:
-    assert vector is not None, "every draft has a vector once the texts are embedded"
-    return vector
-
-
-def _status(id: str, outcome: WriteOutcome) -> pb.WriteStatus:
-    if outcome.error is None:
-        version = None if outcome.version is None else wire.version_on_wire(outcome.version)
-        return pb.WriteStatus(id=id, version=version)
-    error = outcome.error
-    return pb.WriteStatus(
-        id=id, code=status.number(status.code_of(error)), message=str(error), field=error.field
-    )

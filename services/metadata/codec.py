@@ -1,9 +1,10 @@
 """Documents as the database stores them: attributes as JSON, vectors as little-endian float32 (pure)."""
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from shard_router.errors import SegmentCorrupt
@@ -12,7 +13,7 @@ from shard_router.model import Attributes, AttributeType, AttributeValue, Collec
 #: float32 as stored, whatever the machine.
 STORED = np.dtype("<f4")
 
-_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_to_json = msgspec.json.Encoder().encode
 
 
 def attributes_to_json(attributes: Attributes) -> str:
@@ -20,7 +21,10 @@ def attributes_to_json(attributes: Attributes) -> str:
 
     Raises ValueError (a NaN or infinite float) or TypeError (a value of no attribute type).
     """
-    return _to_json(dict(attributes))
+    for name, value in attributes.items():
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, which JSON has no word for")
+    return _to_json(attributes).decode()
 
 
 def attributes_from_json(stored: dict[str, Any], schema: Schema) -> dict[str, AttributeValue]:

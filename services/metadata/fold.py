@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from services.metadata.codec import STORED, attributes_to_json
@@ -20,8 +21,7 @@ from shard_router.model import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True):
     """A document as a batch leaves it.
 
     `ordinal` counts from 1 within the batch: its position is the counter before the batch plus that.
@@ -82,6 +82,9 @@ class Plan:
 
     def matrix(self, dim: int) -> np.ndarray:
         """Vectors of the drafts, float32 [drafts, dim]; zeros where a draft has none."""
+        vectors = [draft.vector for draft in self.drafts if draft.vector is not None]
+        if len(vectors) == len(self.drafts) > 0:
+            return np.concatenate(vectors, dtype=STORED).reshape(len(vectors), dim)
         matrix = np.zeros((len(self.drafts), dim), dtype=STORED)
         for row, draft in enumerate(self.drafts):
             if draft.vector is not None:
@@ -139,13 +142,14 @@ class _Batch:
 
     def apply(self, write: Write, slot: int) -> int | None:
         """The ordinal that the write takes, None where it changes nothing; raises what refuses it."""
-        version = self._version(write.id)
-        if isinstance(write, Patch) and version == ABSENT:
-            raise NotFound("document", write.id, "id")
-        if write.if_version is not None and write.if_version != version:
-            raise VersionConflict(write.id, write.if_version, version)
-        if isinstance(write, Remove) and version == ABSENT:
-            return None
+        if write.if_version is not None or not isinstance(write, Upsert):
+            version = self._version(write.id)
+            if isinstance(write, Patch) and version == ABSENT:
+                raise NotFound("document", write.id, "id")
+            if write.if_version is not None and write.if_version != version:
+                raise VersionConflict(write.id, write.if_version, version)
+            if isinstance(write, Remove) and version == ABSENT:
+                return None
         draft = self._draft(write, slot, self.positions + 1)
         self.positions = draft.ordinal
         self.drafts.pop(write.id, None)

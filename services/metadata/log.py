@@ -118,7 +118,7 @@ class Log:
             return await self._settle(collection, writes, deadline)
         except DATA_ERRORS as refused:
             if len(writes) == 1:
-                outcome = WriteOutcome(error=InvalidField("document", first_line(refused)))
+                outcome = WriteOutcome(error=InvalidField("", first_line(refused)))
                 async with self._database.connection(deadline.require("database")) as connection:
                     upto = await read_position(connection, collection)
                 return Commit(self._ownership.claim.log_id, upto, [outcome], None)

@@ -172,6 +172,7 @@ def test_a_patch_of_nobody_fails_alone(client: Client, collection: str) -> None:
     patched = client.patch(collection, [Patch("nobody", {"rank": 1}), Patch("a", {"rank": 1})])
     (failure,) = patched.failures
     assert (failure.id, failure.code) == ("nobody", grpc.StatusCode.NOT_FOUND)
+    assert failure.field == "patches[0].id"
     assert client.count(collection, filter="rank = 1") == 1
     assert client.get(collection, ["nobody"]) == [None]
 
@@ -198,7 +199,10 @@ def test_only_the_version_asked_for_is_replaced(client: Client, collection: str)
         ("stale", grpc.StatusCode.ABORTED),
         ("right", grpc.StatusCode.ABORTED),
     ]
-    assert all(failure.field == "if_version" for failure in written.failures)
+    assert [failure.field for failure in written.failures] == [
+        "documents[1].if_version",
+        "documents[4].if_version",
+    ]
     texts = {d.id: d.text for d in client.scan(collection)}
     assert texts == {"right": "new", "stale": "newer", "free": "new", "fresh": "new"}
 
@@ -209,7 +213,7 @@ def test_a_call_of_nothing_but_stale_versions_is_aborted(rpc: Rpc, client: Clien
     request = pb.UpsertRequest(collection=collection, documents=[document])
     refusal = refused(lambda: rpc.document.Upsert(request))
     assert refusal.code is grpc.StatusCode.ABORTED
-    assert (refusal.field, refusal.reason) == ("if_version", "VERSION_CONFLICT")
+    assert (refusal.field, refusal.reason) == ("documents[0].if_version", "VERSION_CONFLICT")
     with pytest.raises(Aborted):
         client.patch(collection, [Patch("a", {"rank": 1}, if_version=Version(9, 9))])
     (stored,) = client.get(collection, ["a"])

@@ -247,7 +247,7 @@ async def test_a_document_that_cannot_be_stored_fails_alone(
     errors = {place: outcome.error for place, outcome in enumerate(commit.outcomes) if outcome.error}
     assert list(errors) == [13]
     assert isinstance(errors[13], InvalidField)
-    assert errors[13].field == "document"
+    assert errors[13].field == ""
     assert commit.delta is None
     assert commit.upto == await store.position(collection) == 22 + 2 * conditional
     assert store.stats()["bisections_total"] > 0

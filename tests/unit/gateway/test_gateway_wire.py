@@ -53,27 +53,27 @@ def test_attributes_survive_the_wire() -> None:
     }  # fmt: skip
     message = pb.Document(attributes=wire.attributes_on_wire(attributes, SCHEMA))
     back = pb.Document.FromString(message.SerializeToString())
-    assert wire.attributes_from(back.attributes, SCHEMA, "a", 1000) == attributes
+    assert wire.AttributeReader(SCHEMA, 1000).read(back.attributes, back.ByteSize()) == attributes
 
 
 @pytest.mark.parametrize(
     ("value", "field"),
     [
-        ({"stars": pb.Value(keyword="many")}, "a.stars"),
-        ({"nope": pb.Value(int=1)}, "a.nope"),
-        ({"score": pb.Value(float=float("nan"))}, "a.score"),
-        ({"name": pb.Value(keyword="a\0b")}, "a.name"),
-        ({"name": pb.Value(keyword="x" * 2000)}, "a"),
+        ({"stars": pb.Value(keyword="many")}, "attributes.stars"),
+        ({"nope": pb.Value(int=1)}, "attributes.nope"),
+        ({"score": pb.Value(float=float("nan"))}, "attributes.score"),
+        ({"name": pb.Value(keyword="a\0b")}, "attributes.name"),
+        ({"name": pb.Value(keyword="x" * 2000)}, "attributes"),
     ],
 )
 def test_bad_attributes_name_their_field(value: dict[str, pb.Value], field: str) -> None:
     with pytest.raises(InvalidField) as refused:
-        wire.attributes_from(value, SCHEMA, "a", 1000)
+        wire.AttributeReader(SCHEMA, 1000).read(value, 1001)
     assert refused.value.field == field
 
 
 def test_an_int_is_taken_for_a_float() -> None:
-    assert wire.attributes_from({"score": pb.Value(int=3)}, SCHEMA, "a", 100) == {"score": 3.0}
+    assert wire.AttributeReader(SCHEMA, 100).read({"score": pb.Value(int=3)}, 0) == {"score": 3.0}
 
 
 def test_a_filter_message_means_what_its_text_says() -> None:
