@@ -87,7 +87,7 @@ class ModelVersions:
             ]
             if not before and not to_none:
                 raise PreconditionFailed(f"no version of model {name!r} was live before this one")
-            await connection.execute(bare_statement("retire_model"), {"name": name})
+            await connection.execute(bare_statement("withdraw_model"), {"name": name})
             if before:
                 values = {"name": name, "version": max(before)[1]}
                 await connection.execute(bare_statement("restore_model"), values)

@@ -114,6 +114,9 @@ SELECT version, state, promotion FROM models WHERE name = %(name)s ORDER BY vers
 -- retire_model: what is live is so no more
 UPDATE models SET state = 'retired' WHERE name = %(name)s AND state = 'live';
 
+-- withdraw_model: what is live is so no more, and its turn never was
+UPDATE models SET state = 'retired', promotion = NULL WHERE name = %(name)s AND state = 'live';
+
 -- promote_model: a version becomes live, after all that were before
 UPDATE models SET state = 'live', promotion = nextval('model_promotions')
 WHERE name = %(name)s AND version = %(version)s;

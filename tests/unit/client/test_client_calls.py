@@ -46,6 +46,9 @@ CALLS: list[Call[Any, Any]] = [
     operations.activate("c", 2),
     operations.rollback("c"),
     operations.models(),
+    operations.register_model("/models/m"),
+    operations.promote_model("m", "1"),
+    operations.rollback_model("m"),
     operations.cluster(),
     operations.cache_stats(),
 ]

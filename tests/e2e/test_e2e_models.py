@@ -1,0 +1,283 @@
+"""A model is registered whole or not at all, used by name, promoted and rolled back."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from uuid import uuid4
+
+import grpc
+import numpy as np
+import pytest
+from refusal import refused
+from rpc import Rpc
+from up import Up
+
+from protos.ringfort import v1 as pb
+from ringfort import Client
+from ringfort.errors import FailedPrecondition
+
+DEFAULT = "all-minilm-l6-v2@1"
+Artifact = Callable[..., Path]
+
+
+@pytest.fixture
+def name() -> str:
+    """A model's name of the test's own."""
+    return f"m-{uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def artifact(model_dir: Path, tmp_path: Path, name: str) -> Artifact:
+    """Makes model directories: the default model's files under another name, with what else is said of it."""
+
+    def make(version: str = "1", **facts: object) -> Path:
+        directory = shutil.copytree(model_dir / DEFAULT / "int8", tmp_path / f"{name}-{version}")
+        said(directory, name=name, version=version, **facts)
+        return directory
+
+    return make
+
+
+def said(directory: Path, **facts: object) -> None:
+    """Say something else in a manifest."""
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+def register(rpc: Rpc, directory: Path) -> pb.Model:
+    return rpc.model.Register(pb.RegisterModelRequest(artifact=str(directory)))
+
+
+def states(rpc: Rpc, name: str) -> dict[str, str]:
+    models = rpc.model.List(pb.ListModelsRequest()).models
+    return {m.version: pb.Model.State.Name(m.state) for m in models if m.name == name}
+
+
+def embed(rpc: Rpc, model: str, *texts: str, **options: object) -> np.ndarray:
+    answer = rpc.embedding.Embed(pb.EmbedRequest(model=model, texts=texts, **options))
+    return np.frombuffer(answer.vectors.data, "<f4").reshape(answer.vectors.rows, answer.vectors.dim)
+
+
+def test_the_default_model_is_live_and_named(rpc: Rpc) -> None:
+    first = rpc.model.List(pb.ListModelsRequest()).models[0]
+    assert (f"{first.name}@{first.version}", first.state) == (DEFAULT, pb.Model.LIVE)
+    refusal = refused(
+        lambda: rpc.model.Promote(pb.PromoteModelRequest(name=first.name, version=first.version))
+    )
+    assert refusal.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_registered_model_answers_by_version_and_once_live_by_name(
+    rpc: Rpc, artifact: Artifact, name: str
+) -> None:
+    made = register(rpc, artifact(prompts={"query": "a question about "}, variant=uuid4().hex[:16]))
+    assert (made.name, made.version, made.state, made.dim) == (name, "1", pb.Model.STAGED, 384)
+    assert made.registered_at.seconds > 0
+    assert np.array_equal(
+        embed(rpc, f"{name}@1", "parsing json"), embed(rpc, "", "a question about parsing json")
+    )
+    refusal = refused(lambda: embed(rpc, name, "parsing json"))
+    assert refusal.code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "no version" in refusal.message
+    assert rpc.model.Promote(pb.PromoteModelRequest(name=name, version="1")).state == pb.Model.LIVE
+    answer = rpc.embedding.Embed(pb.EmbedRequest(model=name, texts=["parsing json"]))
+    assert (answer.model, answer.variant) == (f"{name}@1", made.variant)
+    refusal = refused(lambda: embed(rpc, f"{name}@2", "x"))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.NOT_FOUND, "model")
+
+
+def test_a_rollback_returns_to_what_was_live(rpc: Rpc, artifact: Artifact, name: str) -> None:
+    for version in ("1", "2"):
+        register(rpc, artifact(version))
+        rpc.model.Promote(pb.PromoteModelRequest(name=name, version=version))
+    assert states(rpc, name) == {"1": "RETIRED", "2": "LIVE"}
+    assert rpc.model.Rollback(pb.RollbackModelRequest(name=name)).version == "1"
+    assert states(rpc, name) == {"1": "LIVE", "2": "RETIRED"}
+    refusal = refused(lambda: rpc.model.Rollback(pb.RollbackModelRequest(name=name)))
+    assert refusal.code == grpc.StatusCode.FAILED_PRECONDITION
+    missing = refused(lambda: rpc.model.Promote(pb.PromoteModelRequest(name=name, version="9")))
+    assert (missing.code, missing.field) == (grpc.StatusCode.NOT_FOUND, "version")
+
+
+def test_a_collection_stays_with_its_version(
+    rpc: Rpc, client: Client, make_collection: Callable[..., str], artifact: Artifact, name: str
+) -> None:
+    for version, prompt in (("1", "red "), ("2", "green ")):
+        register(
+            rpc,
+            artifact(version, space=sha256(prompt.encode()).hexdigest()[:16], variant=uuid4().hex[:16],
+                     prompts={"query": prompt, "document": prompt}),
+        )  # fmt: skip
+        rpc.model.Promote(pb.PromoteModelRequest(name=name, version=version))
+    first = make_collection(model=f"{name}@1")
+    second = make_collection(model=name)
+    told = {c.name: c for c in client.collections() if c.name in (first, second)}
+    assert (told[first].model, told[second].model) == (f"{name}@1", f"{name}@2")
+    assert told[first].space != told[second].space
+    for collection in (first, second):
+        client.upsert(collection, [{"id": "apple", "text": "apple"}, {"id": "stone", "text": "stone"}])
+    with ThreadPoolExecutor(4) as pool:
+        hits = list(pool.map(lambda c: client.search(c, text="apple", k=1)[0], [first, second] * 4))
+    assert {hit.id for hit in hits} == {"apple"}
+    stored = [client.get(c, ["apple"], include=["vector"])[0] for c in (first, second)]
+    for document, model in zip(stored, (f"{name}@1", f"{name}@2"), strict=True):
+        assert document is not None
+        assert np.allclose(document.vector, embed(rpc, model, "apple")[0], atol=1e-6)
+    assert not np.allclose(stored[0].vector, stored[1].vector, atol=1e-3)
+
+
+def test_declared_lengths_are_spaces_of_their_own(
+    rpc: Rpc, client: Client, make_collection: Callable[..., str], artifact: Artifact, name: str
+) -> None:
+    register(rpc, artifact(dimensions=[128, 256]))
+    whole = embed(rpc, f"{name}@1", "apple", "stone")
+    head = embed(rpc, f"{name}@1", "apple", "stone", dimensions=128)
+    assert head.shape == (2, 128)
+    wanted = whole[:, :128] / np.linalg.norm(whole[:, :128], axis=1, keepdims=True)
+    assert np.allclose(head, wanted, atol=1e-6)
+    spaces = {
+        rpc.embedding.Embed(pb.EmbedRequest(model=f"{name}@1", texts=["a"], dimensions=dim)).space
+        for dim in (0, 128, 256, 384)
+    }
+    assert len(spaces) == 3
+    refusal = refused(lambda: embed(rpc, f"{name}@1", "apple", dimensions=64))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "dimensions")
+    assert "declares 128, 256" in refusal.message
+    short = make_collection(model=f"{name}@1", dim=128)
+    client.upsert(short, [{"id": "apple", "text": "apple"}, {"id": "stone", "text": "stone"}])
+    assert client.search(short, text="an apple", k=1)[0].id == "apple"
+    (document,) = client.get(short, ["apple"], include=["vector"])
+    assert document is not None
+    assert np.allclose(document.vector, head[0], atol=1e-6)
+
+
+def flip(directory: Path) -> None:
+    data = (directory / "model.onnx").read_bytes()
+    (directory / "model.onnx").write_bytes(bytes([data[0] ^ 1]) + data[1:])
+
+
+def exchange_tokenizer(directory: Path) -> None:
+    """A tokenizer of another vocabulary, whose checksum is in order."""
+    facts = json.loads((directory / "tokenizer.json").read_bytes())
+    facts["model"]["vocab"] |= {f"[more{i}]": 30_522 + i for i in range(7)}
+    data = json.dumps(facts).encode()
+    (directory / "tokenizer.json").write_bytes(data)
+    files = json.loads((directory / "manifest.json").read_text())["files"]
+    said(directory, files={**files, "tokenizer.json": sha256(data).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda d: (d / "manifest.json").unlink(), "manifest.json: No such file"),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: No such file"),
+        (flip, "model.onnx: SHA-256 is"),
+        (exchange_tokenizer, "a vocabulary of 30529 tokens"),
+        (lambda d: said(d, dim=7), "gives 1×384, the manifest says 7"),
+        (lambda d: said(d, name="../up"), "name '../up' is not letters"),
+    ],
+    ids=["no manifest", "no tokenizer", "another byte", "another tokenizer", "another length", "a way out"],
+)
+def test_what_cannot_be_run_is_refused_and_leaves_nothing(
+    rpc: Rpc, service: Up, artifact: Artifact, name: str, damage: Callable[[Path], None], what: str
+) -> None:
+    directory = artifact()
+    damage(directory)
+    refusal = refused(lambda: register(rpc, directory))
+    assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "artifact")
+    assert what in refusal.message
+    assert states(rpc, name) == {}
+    assert not list((service.data_dir / "models").glob(f"{name}@*/int8"))
+    shutil.rmtree(directory)
+    assert register(rpc, artifact()).version == "1", "the name is not spent"
+
+
+def test_requests_that_make_no_sense_name_their_field(rpc: Rpc, artifact: Artifact, name: str) -> None:
+    directory = artifact()
+    whole = str(directory)
+    for request, field in (
+        (pb.RegisterModelRequest(artifact=""), "artifact"),
+        (pb.RegisterModelRequest(artifact="relative/path"), "artifact"),
+        (pb.RegisterModelRequest(artifact="nowhere://x"), "artifact"),
+        (pb.RegisterModelRequest(artifact=whole, name="other"), "name"),
+        (pb.RegisterModelRequest(artifact=whole, name=name, version="2"), "version"),
+    ):
+        refusal = refused(lambda request=request: rpc.model.Register(request))
+        assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+    register(rpc, directory)
+    assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
+    said(directory, name="all-minilm-l6-v2")
+    assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
+    for call in (
+        lambda: rpc.model.Register(pb.RegisterModelRequest(artifact=whole, kind=pb.Model.RANKER)),
+        lambda: rpc.model.SetTraffic(pb.SetTrafficRequest(name=name, version="1", percent=10)),
+    ):
+        assert refused(call).code == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_command_line_registers_promotes_and_lists(
+    service: Up, artifact: Artifact, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ringfort.cli import main
+
+    def run(*args: str) -> str:
+        assert main(["models", *args, "--server", service.grpc]) == 0
+        return capsys.readouterr().out
+
+    assert "staged" in run("register", os.path.relpath(artifact()), "--name", f"{name}@1")
+    assert json.loads(run("promote", f"{name}@1", "--json"))["state"] == "LIVE"
+    assert f"{name}@1" in run("list")
+    assert DEFAULT in run("list")
+    assert main(["models", "rollback", name, "--server", service.grpc]) == 1
+    assert "was live before" in capsys.readouterr().err
+    assert main(["models", "promote", name, "--server", service.grpc]) == 2
+
+
+@pytest.fixture
+def own_service(tmp_path: Path, model_dir: Path) -> Iterator[Callable[[], Up]]:
+    """Starts and starts again a service with room for one model beside the default."""
+    from up import lend_model
+
+    data_dir = tmp_path / "data"
+    lend_model(model_dir, data_dir)
+    started: list[Up] = []
+
+    def start() -> Up:
+        started.append(Up.start(data_dir, env={"RINGFORT_EMBEDDER__MODELS_BYTES": "40000000"}))
+        return started[-1]
+
+    yield start
+    for up in started:
+        if up.process.poll() is None:
+            up.stop()
+
+
+def test_models_outlive_a_crash_and_are_fetched_again(
+    own_service: Callable[[], Up], artifact: Artifact, name: str
+) -> None:
+    up = own_service()
+    with Client(up.grpc) as client:
+        for version in ("1", "2"):
+            client.register_model(str(artifact(version, variant=uuid4().hex[:16])))
+        client.promote_model(name, "1")
+        before = client.embed(["apple"], model=name)
+        # There is room for one of the two at a time.
+        assert np.array_equal(client.embed(["apple"], model=f"{name}@2"), before)
+        assert np.array_equal(client.embed(["stone"], model=name), client.embed(["stone"]))
+    up.kill()
+    shutil.rmtree(up.data_dir / "models" / f"{name}@1")
+    half_done = up.data_dir / "models" / f"{name}@2" / ".building-killed"
+    half_done.mkdir()
+    up = own_service()
+    with Client(up.grpc) as client:
+        assert np.array_equal(client.embed(["apple"], model=name), before)
+        shutil.rmtree(up.data_dir / "models" / f"{name}@2" / "int8")
+        shutil.rmtree(artifact("3").with_name(f"{name}-2"))
+        with pytest.raises(Exception, match=f"no embedder of {name}@2"):
+            client.embed(["apple"], model=f"{name}@2")
+        with pytest.raises(FailedPrecondition):
+            client.rollback_model(name)
