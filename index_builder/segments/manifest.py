@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from index_builder.segments import frame
+from index_builder.segments.index_spec import IndexKind
 from shard_router.errors import SegmentCorrupt
 
 _MAGIC, _FORMAT = b"RFMF", 1
@@ -21,12 +22,16 @@ class SegmentEntry(msgspec.Struct, frozen=True):
     name: str
     rows: int
     dead: bytes
+    #: What it was written to be, whatever came of it.
+    kind: IndexKind = IndexKind.FLAT
+    #: Its documents come from the positions (after, upto] of the log; None where that was not written down.
+    covers: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, name: str, dead: np.ndarray) -> "SegmentEntry":
+    def of(cls, name: str, dead: np.ndarray, kind: IndexKind, covers: tuple[int, int]) -> "SegmentEntry":
         """The entry of a segment with these dead rows, bool [rows]."""
         bitmap = np.packbits(dead, bitorder="little").tobytes() if dead.any() else b""
-        return cls(name, len(dead), bitmap)
+        return cls(name, len(dead), bitmap, kind, covers)
 
     def dead_rows(self) -> np.ndarray:
         """bool [rows]. SegmentCorrupt where the bitmap is of another length."""

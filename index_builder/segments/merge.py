@@ -6,21 +6,27 @@ standard input, and ends when that closes, so it never outlives who started it.
 """
 
 import asyncio
+import errno
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import faiss
 import msgspec
 import numpy as np
+import psutil
 
 from index_builder.segments.contents import Draft
+from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.segment import Segment
+from shard_router.errors import SegmentCorrupt
 from shard_router.model import AttributeType, Schema
 
-_NICE = 10
+_NICE = 15
 #: Vectors copied at once.
 _BLOCK_ROWS = 4096
 
@@ -30,14 +36,32 @@ class _Job(msgspec.Struct, frozen=True):
     #: Each segment's directory, and its rows as little-endian int64.
     sources: list[tuple[str, bytes]]
     schema: dict[str, AttributeType]
+    kind: IndexKind
+    device: str
 
 
-def merge(directory: Path, sources: Sequence[tuple[Segment, np.ndarray]], schema: Schema) -> Segment | None:
-    """Write the named rows of each source as one segment, in the order given; None where there are none.
+class _Failure(msgspec.Struct, frozen=True):
+    errno: int
+    why: str
+    #: The directory of the damaged segment, where that is the matter.
+    corrupt: str
 
-    sources: segments of one metric and dimension, each with row numbers int64 [n]. OSError where the
-    disk is full or fails; nothing is left behind then.
+
+def merge(
+    directory: Path,
+    sources: Sequence[tuple[Segment, np.ndarray]],
+    schema: Schema,
+    kind: IndexKind = IndexKind.FLAT,
+    device: str = "cpu",
+) -> Segment | None:
+    """Write the named rows of each source as one segment of a kind; None where there are none.
+
+    sources: segments of one metric and dimension, each with row numbers int64 [n]; the rows keep that
+    order. Every source is verified first, for what is written gets checksums of its own: SegmentCorrupt.
+    OSError where the disk is full or fails; nothing is left behind then.
     """
+    for segment, _ in sources:
+        segment.verify()
     if not any(len(picks) for _, picks in sources):
         return None
     draft = Draft.joined([(segment.contents, picks) for segment, picks in sources], schema)
@@ -46,7 +70,9 @@ def merge(directory: Path, sources: Sequence[tuple[Segment, np.ndarray]], schema
         max(segment.covers[1] for segment, _ in sources),
     )
     metric = sources[0][0].metric
-    return Segment.write_draft(directory, draft, _vectors(sources), metric, schema, covers=covers)
+    return Segment.write_draft(
+        directory, draft, _vectors(sources), metric, schema, covers=covers, kind=kind, device=device
+    )
 
 
 def _vectors(sources: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[np.ndarray]:
@@ -58,9 +84,13 @@ def _vectors(sources: Sequence[tuple[Segment, np.ndarray]]) -> Iterator[np.ndarr
 
 
 async def merge_in_child(
-    directory: Path, sources: Sequence[tuple[Segment, np.ndarray]], schema: Schema
+    directory: Path,
+    sources: Sequence[tuple[Segment, np.ndarray]],
+    schema: Schema,
+    kind: IndexKind = IndexKind.FLAT,
+    device: str = "cpu",
 ) -> Segment | None:
-    """`merge`, in a child process. OSError with the child's last words where it fails.
+    """`merge`, in a child process; it raises the same, and OSError with the child's last words otherwise.
 
     Cancelled, it ends the child, which leaves at most a draft that the next write removes.
     """
@@ -68,6 +98,8 @@ async def merge_in_child(
         str(directory),
         [(str(segment.directory), picks.astype("<i8").tobytes()) for segment, picks in sources],
         dict(schema),
+        kind,
+        device,
     )
     body = msgspec.msgpack.encode(job)
     child = await asyncio.create_subprocess_exec(
@@ -75,18 +107,18 @@ async def merge_in_child(
         "-m",
         __name__,
         stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.stdin is not None
+    assert child.stdout is not None
     assert child.stderr is not None
     try:
         child.stdin.write(len(body).to_bytes(8, "little") + body)
-        words = await child.stderr.read()
+        told, words = await asyncio.gather(child.stdout.read(), child.stderr.read())
         if await child.wait() != 0:
-            last = words.decode(errors="replace").strip().rpartition("\n")[2]
-            raise OSError(f"the merge ended with {child.returncode}: {last}")
+            _raise(told, words, child.returncode)
     finally:
         child.stdin.close()
         if child.returncode is None:
@@ -97,9 +129,23 @@ async def merge_in_child(
     return await asyncio.to_thread(Segment.open, directory, schema, False)
 
 
+def _raise(told: bytes, words: bytes, code: int | None) -> NoReturn:
+    """The child's error, as it told it, or of its last words where it could not."""
+    if not told:
+        last = words.decode(errors="replace").strip().rpartition("\n")[2]
+        raise OSError(f"the merge ended with {code}: {last}")
+    failure = msgspec.msgpack.decode(told, type=_Failure)
+    if failure.corrupt:
+        raise SegmentCorrupt(failure.corrupt, failure.why)
+    raise OSError(failure.errno, failure.why)
+
+
 def _main() -> None:
-    """The child: one job from standard input."""
+    """The child: one job from standard input; what is the matter goes to standard output."""
     os.nice(_NICE)
+    if hasattr(psutil, "IOPRIO_CLASS_IDLE"):
+        with suppress(OSError, psutil.Error):
+            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
     faiss.omp_set_num_threads(1)
     given = sys.stdin.buffer
     job = msgspec.msgpack.decode(given.read(int.from_bytes(given.read(8), "little")), type=_Job)
@@ -110,11 +156,21 @@ def _main() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sources = [
-        (Segment.open(Path(path), job.schema, verify=True), np.frombuffer(rows, "<i8"))
-        for path, rows in job.sources
-    ]
-    merge(Path(job.directory), sources, job.schema)
+    try:
+        sources = [
+            (Segment.open(Path(path), job.schema, verify=True), np.frombuffer(rows, "<i8"))
+            for path, rows in job.sources
+        ]
+        merge(Path(job.directory), sources, job.schema, job.kind, job.device)
+    except SegmentCorrupt as error:
+        _tell(_Failure(errno.EIO, error.why, error.path))
+    except OSError as error:
+        _tell(_Failure(error.errno or errno.EIO, error.strerror or str(error), ""))
+
+
+def _tell(failure: _Failure) -> NoReturn:
+    sys.stdout.buffer.write(msgspec.msgpack.encode(failure))
+    sys.exit(1)
 
 
 if __name__ == "__main__":

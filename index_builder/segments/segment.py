@@ -80,6 +80,7 @@ class Segment:
         self._map = vectors
         self.contents = contents
         self.columns = contents.columns
+        self.find = contents.find
         self.id_at, self.version_at, self.text_at = contents.id_at, contents.version_at, contents.text_at
         self._index = index
         self._curve = Curve(header.curve) if header.curve else _UNMEASURED

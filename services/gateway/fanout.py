@@ -110,8 +110,10 @@ class FanOut:
                 *(_outcome(served, call.shard, queries, k, options, ask) for call in plan.calls)
             )
         good = [answer for answer in answers if answer is not None]
-        if not good or len(good) < min_coverage * asked:
-            raise ShardUnavailable(len(good), asked, min_coverage)
+        # A shard that lacks documents for now tells what it has, and does not count.
+        answered = sum([answer.complete for answer in good])
+        if not good or answered < min_coverage * asked:
+            raise ShardUnavailable(answered, asked, min_coverage)
         searched = time.perf_counter()
         if len(good) == 1:  # a shard's answer is ranked, and holds every document once
             hits = good[0].hits
@@ -122,7 +124,7 @@ class FanOut:
             min([answer.position for answer in good]),
             as_of_ms,
             asked,
-            len(good),
+            answered,
             (searched - began) * 1e3,
             (time.perf_counter() - searched) * 1e3,
         )

@@ -5,7 +5,9 @@ process, which reads files and may be given up at any time.
 """
 
 import asyncio
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from index_builder.segments import compaction
+from index_builder.segments.compaction import Policy
+from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.merge import merge, merge_in_child
 from index_builder.segments.segment import Segment
 from services.shard.layout import Layout
@@ -30,28 +33,45 @@ from services.shard.state import (
     Looked,
     Rewrite,
     Seal,
+    Work,
 )
+from shard_router.errors import SegmentCorrupt
 from shard_router.model import Collection
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Merges of so many rows are worth a process of their own.
+#: Merges of so many rows are worth a process of their own, and so is every graph.
 _CHILD_ROWS = 16_384
+#: What a full disk says.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FileWork:
-    """Keeps a layout's files; one piece of work at a time. Belongs to the event loop."""
+    """Keeps a layout's files. Belongs to the event loop."""
 
-    def __init__(self, collection: Collection, layout: Layout, shelf: Shelf) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        layout: Layout,
+        shelf: Shelf,
+        policy: Policy,
+        on_corrupt: Callable[[str, str], None],
+    ) -> None:
+        """`on_corrupt` is told the name of a segment that a merge found damaged, and how."""
         self._collection, self._layout, self._shelf = collection, layout, shelf
-        self._state = FileState()
+        self._policy, self._on_corrupt = policy, on_corrupt
+        self._state = FileState(policy)
         self._thread = ThreadPoolExecutor(1, "segments")
-        self._work: asyncio.Task[None] | None = None
-        #: Whether the work is a child process.
-        self._merging = False
+        self._tasks: dict[asyncio.Task[None], Work] = {}
+        #: The work that is a child process.
+        self._child: asyncio.Task[None] | None = None
+        #: A manifest is made, published and believed by one at a time.
+        self._swapping = asyncio.Lock()
         self._closing = False
+        #: Why nothing can be written; None while the disk has room.
+        self.disk_full: str | None = None
         self._seals = self._rewrites = self._failures = 0
 
     @property
@@ -61,11 +81,11 @@ class FileWork:
 
     @property
     def pending_rows(self) -> int:
-        """Rows that wait to be sealed or rewritten."""
+        """Rows that wait to be sealed, merged or indexed."""
         waiting = sum(self._layout.part(number).rows for number in self._state.frozen)
         if self._layout.open_rows >= QUIET_ROWS:
             waiting += self._layout.open_rows
-        return waiting + compaction.debt(self._layout.facts())
+        return waiting + self._state.debt(self._layout.facts())
 
     def froze(self, number: int) -> None:
         """A memtable filled up: have it sealed."""
@@ -78,17 +98,18 @@ class FileWork:
     async def close(self) -> None:
         """Begin nothing more; a seal under way is finished, a child process ended."""
         self._closing = True
-        while self._work is not None:
-            if self._merging:
-                self._work.cancel()
-            await asyncio.wait([self._work])
+        while self._tasks:
+            if self._child is not None:
+                self._child.cancel()
+            await asyncio.wait(list(self._tasks))
         self._thread.shutdown()
 
     def stats(self) -> dict[str, float]:
         """Figures for the metrics."""
         return {
             "frozen_memtables": self.backlog,
-            "merging": float(self._merging),
+            "merging": float(self._child is not None),
+            "disk_full": float(self.disk_full is not None),
             "seals_total": self._seals,
             "rewrites_total": self._rewrites,
             "file_failures_total": self._failures,
@@ -96,33 +117,39 @@ class FileWork:
 
     def _handle(self, event: Event) -> None:
         """Tell the state machine, and begin what it says."""
-        instruction = self._state.handle(event, time.monotonic())
-        if isinstance(instruction, Freeze):
-            self._handle(Froze(self._layout.freeze()))
-        elif instruction is not None and not self._closing:
-            self._work = asyncio.create_task(self._carry_out(instruction), name=f"{instruction}")
+        for instruction in self._state.handle(event, time.monotonic()):
+            if isinstance(instruction, Freeze):
+                self._handle(Froze(self._layout.freeze(), filled=False))
+            elif not self._closing:
+                task = asyncio.create_task(self._carry_out(instruction), name=f"{instruction}")
+                self._tasks[task] = instruction
+                task.add_done_callback(self._tasks.pop)
 
-    async def _carry_out(self, instruction: Seal | Rewrite) -> None:
+    async def _carry_out(self, work: Work) -> None:
         try:
-            match instruction:
+            match work:
                 case Seal(number):
                     await self._seal(number)
-                case Rewrite(numbers):
-                    await self._rewrite(numbers)
-            event: Event = Done(self._layout.facts())
+                case Rewrite(numbers, kind):
+                    await self._rewrite(numbers, kind)
+            self.disk_full = None
+            event: Event = Done(work, self._layout.facts())
         except Exception as error:
-            self._failures += 1
-            log.error(
-                "%s in %s failed and will be tried again: %s",
-                instruction,
-                self._shelf.directory,
-                error,
-                exc_info=not isinstance(error, OSError),
-            )
-            event = Failed()
-        finally:
-            self._work = None
+            self._failed(work, error)
+            event = Failed(work)
         self._handle(event)
+
+    def _failed(self, work: Work, error: Exception) -> None:
+        self._failures += 1
+        if isinstance(error, SegmentCorrupt):
+            if not self._closing:
+                self._on_corrupt(os.path.basename(error.path), error.why)
+            return
+        known = isinstance(error, OSError)
+        directory = self._shelf.directory
+        log.error("%s in %s failed, tried again later: %s", work, directory, error, exc_info=not known)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            self.disk_full = f"no room in {directory}: {error.strerror}"
 
     async def _seal(self, number: int) -> None:
         memtable = self._layout.part(number).body
@@ -140,40 +167,60 @@ class FileWork:
                 memtable.vectors[rows],
                 collection.metric,
                 collection.schema,
-                covers=(memtable.after, memtable.rows[-1].version.seq),
+                covers=(memtable.after, memtable.upto),
             )
 
-        await self._swap({number: rows}, await self._in_thread(write))
+        await self._swap({number: rows}, await self._in_thread(write), IndexKind.FLAT)
         self._seals += 1
 
-    async def _rewrite(self, numbers: Sequence[int]) -> None:
+    async def _rewrite(self, numbers: Sequence[int], kind: IndexKind) -> None:
         parts = {number: self._layout.segments[number] for number in numbers}
         picks = {number: self._layout.live_rows(number) for number in numbers}
         path = self._shelf.new_segment()
         sources = [(segment, picks[number]) for number, segment in parts.items()]
-        schema = self._collection.schema
-        if sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
-            self._merging = True
+        schema, device = self._collection.schema, self._policy.device
+        if kind is not IndexKind.FLAT or sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
+            self._child = asyncio.current_task()
             try:
-                segment = await merge_in_child(path, sources, schema)
+                segment = await merge_in_child(path, sources, schema, kind, device)
             finally:
-                self._merging = False
+                self._child = None
         else:
-            segment = await self._in_thread(lambda: merge(path, sources, schema))
-        await self._swap(picks, segment)
+            segment = await self._in_thread(lambda: merge(path, sources, schema, kind, device))
+        await self._swap(picks, segment, kind)
         await self._in_thread(lambda: self._shelf.drop([segment.name for segment in parts.values()]))
         self._rewrites += 1
 
-    async def _swap(self, picks: Mapping[int, np.ndarray], segment: Segment | None) -> None:
+    async def set_aside(self, name: str, lost: Callable[[tuple[int, int]], None]) -> None:
+        """Search a damaged segment no more, and keep its files for people to look at.
+
+        `lost` is told at that moment which positions (after, upto] its documents came from.
+        """
+        async with self._swapping:
+            covers = self._layout.lose(name)
+            if covers is None:
+                return
+            lost(covers)
+            try:
+                await self._in_thread(lambda: self._shelf.quarantine(name))
+            except OSError as error:
+                log.error("segment %s cannot be moved out of the way: %s", name, error)
+
+    async def _swap(self, picks: Mapping[int, np.ndarray], segment: Segment | None, kind: IndexKind) -> None:
         """Publish the segment of these rows, and only then search it in place of its sources."""
-        entries, position = self._layout.sealed(picks, segment)
         try:
-            await self._in_thread(lambda: self._shelf.publish(position, entries))
+            async with self._swapping:
+                if not self._layout.has(picks):
+                    raise OSError("a source was set aside meanwhile")
+                entries, position = self._layout.sealed(picks, segment, kind)
+                await self._in_thread(lambda: self._shelf.publish(position, entries))
+                self._layout.replace(picks, segment, kind)
         except OSError:
             if segment is not None:
                 await self._in_thread(lambda: self._shelf.drop([segment.name]))
             raise
-        self._layout.replace(picks, segment)
+        if segment is not None:
+            segment.release_vectors()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,25 +1,23 @@
 """Where every live document of a shard is: the one place that changes as the log is applied.
 
 Parts are the segments, the frozen memtables and the open memtable, each with a number and a byte a row
-that says whether it is live. `places` maps an id to its part and row. A part that is rewritten leaves a
-forward (old row -> new row) behind, so that a rewrite of any size changes no place: places are brought
-up to date when they are next looked at.
+that says whether it is live. There is no table of all documents: each part finds its own ids, a memtable
+in a dictionary, a segment by hash in its file, and one of the rows found at most is live.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from index_builder.segments.compaction import SegmentFacts
+from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.manifest import SegmentEntry
 from index_builder.segments.segment import Segment
 from services.shard.memtable import Memtable
 from services.shard.views import MemtableView, SegmentView, Snapshot, View
+from shard_router.hashing import hashes_of
 from shard_router.model import LogRow, Metric, Schema
-
-_ROW_BITS = 32
-_ROW_MASK = (1 << _ROW_BITS) - 1
 
 
 @dataclass(slots=True)
@@ -29,6 +27,8 @@ class Part:
     number: int
     body: Memtable | Segment
     live: bytearray
+    #: What a segment was written to be.
+    kind: IndexKind = IndexKind.FLAT
     dead: int = 0
     #: The last view handed out, while nothing has changed since.
     view: View | None = field(default=None, repr=False)
@@ -38,13 +38,19 @@ class Part:
         """How many rows it has, dead ones included."""
         return len(self.live)
 
+    def kill(self, row: int) -> None:
+        """The document of a live row was superseded or deleted."""
+        self.live[row] = 0
+        self.dead += 1
+        self.view = None
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentStatus:
     """What people are told of a segment; `live` rows are neither superseded nor deleted."""
 
     name: str
-    kind: str
+    kind: IndexKind
     rows: int
     live: int
     size_bytes: int
@@ -57,20 +63,19 @@ class Layout:
         self._dim, self._metric, self._schema, self._memtable_rows = dim, metric, schema, memtable_rows
         #: Oldest first; the open memtable is the last.
         self._parts: dict[int, Part] = {}
-        #: id -> part number << 32 | row, of live documents.
-        self._places: dict[str, int] = {}
-        #: Of a part that is gone: the part that took its live rows, and their new numbers (int32, -1 dead).
-        self._forwards: dict[int, tuple[int, np.ndarray]] = {}
         self._next = 0
         #: Everything of the log up to here was applied, if not yet for certain (see Replica).
         self.cursor = position
+        #: While documents are recalled: from where, and which were deleted meanwhile.
+        self._recalled_from: list[int] = []
+        self._deleted: set[str] = set()
         self._snapshot: Snapshot | None = None
         self._start_memtable()
 
     @property
     def documents(self) -> int:
         """How many documents are live."""
-        return len(self._places)
+        return sum(part.rows - part.dead for part in self._parts.values())
 
     @property
     def memtable_rows(self) -> int:
@@ -93,23 +98,37 @@ class Layout:
         vectors: float32 [n, dim], as the log has them. Returns the numbers of the memtables that filled
         up and are frozen now.
         """
-        frozen: list[int] = []
+        for part, row in self._find([row.id for row in rows]).values():
+            part.kill(row)
+        if self._recalled_from:
+            self._deleted.update(row.id for row in rows if row.deleted)
         kept = [row for row in rows if not row.deleted]
         if len(kept) < len(rows):
             vectors = vectors[np.fromiter((not row.deleted for row in rows), np.bool_, len(rows))]
-            for row in rows:
-                if row.deleted and (place := self._places.pop(row.id, None)) is not None:
-                    self._kill(place)
-        start, after = 0, self.cursor
-        while start < len(kept):
-            if not self._open.room:
-                frozen.append(self.freeze())
-            stop = start + self._open.room
-            self._insert(kept[start:stop], vectors[start:stop], after)
-            start, after = stop, kept[min(stop, len(kept)) - 1].version.seq
+        frozen = self._insert(kept, vectors, self.cursor)
         self.cursor = max(self.cursor, upto)
-        self._snapshot = None
         return frozen
+
+    def recall(self, rows: Sequence[LogRow], vectors: np.ndarray, after: int) -> list[int]:
+        """Take in documents again that a lost segment held, read from the log after that position.
+
+        What is here already, or was deleted since it went missing, is left out. Returns what `apply` does.
+        """
+        here = self._find([row.id for row in rows])
+        missing = [
+            at for at, row in enumerate(rows)
+            if not row.deleted and row.id not in here and row.id not in self._deleted
+        ]  # fmt: skip
+        return self._insert([rows[at] for at in missing], vectors[missing], after)
+
+    def recalling(self, positions: Iterable[int]) -> None:
+        """Documents from after these positions are missing for now; with no positions, none are.
+
+        Meanwhile no manifest claims more than what comes before.
+        """
+        self._recalled_from = list(positions)
+        if not self._recalled_from:
+            self._deleted.clear()
 
     def freeze(self) -> int:
         """Open a new memtable; returns the number of the one that is frozen now."""
@@ -117,16 +136,11 @@ class Layout:
         self._start_memtable()
         return frozen
 
-    def restore(self, segment: Segment, dead: np.ndarray) -> int:
+    def restore(self, segment: Segment, dead: np.ndarray, kind: IndexKind) -> int:
         """Take over a segment that the manifest names; dead: bool [rows]. Returns its number."""
         part = self._add(segment, bytearray(np.logical_not(dead).tobytes()))
+        part.kind = kind
         part.dead = int(np.count_nonzero(dead))
-        base = part.number << _ROW_BITS
-        for row, id in enumerate(segment.ids()):
-            if part.live[row]:
-                if (place := self._places.get(id)) is not None:
-                    self._kill(place)
-                self._places[id] = base | row
         # The open memtable stays the last part.
         self._parts[self._open_number] = self._parts.pop(self._open_number)
         return part.number
@@ -139,7 +153,22 @@ class Layout:
         """The part of that number."""
         return self._parts[number]
 
-    def replace(self, picks: Mapping[int, np.ndarray], segment: Segment | None) -> int | None:
+    def has(self, numbers: Iterable[int]) -> bool:
+        """Whether all these parts are here."""
+        return all(number in self._parts for number in numbers)
+
+    def lose(self, name: str) -> tuple[int, int] | None:
+        """Do without a segment; returns what it covered, None where no part is a segment of that name."""
+        for part in self._parts.values():
+            if isinstance(part.body, Segment) and part.body.name == name:
+                del self._parts[part.number]
+                self._snapshot = None
+                return part.body.covers
+        return None
+
+    def replace(
+        self, picks: Mapping[int, np.ndarray], segment: Segment | None, kind: IndexKind
+    ) -> int | None:
         """Put a segment in the place of the parts whose rows it was written from; returns its number.
 
         picks: by part, in the segment's order of rows, the rows that were live when writing began; None
@@ -150,39 +179,33 @@ class Layout:
         taker: Part | None = None
         if segment is not None:
             taker = self._add(segment, live)
+            taker.kind = kind
             taker.dead = live.count(0)
-            first = 0
-            for number, rows in picks.items():
-                forward = np.full(self._parts[number].rows, -1, dtype=np.int32)
-                forward[rows] = np.arange(first, first + len(rows), dtype=np.int32)
-                self._forwards[number] = (taker.number, forward)
-                first += len(rows)
             order.insert(order.index(next(iter(picks))), taker.number)
         self._parts = {number: self._parts[number] for number in order if number not in picks}
         self._snapshot = None
         return None if taker is None else taker.number
 
     def sealed(
-        self, picks: Mapping[int, np.ndarray], segment: Segment | None
+        self, picks: Mapping[int, np.ndarray], segment: Segment | None, kind: IndexKind
     ) -> tuple[list[SegmentEntry], int]:
-        """What a manifest says once `replace(picks, segment)` is done: its segments, and the position.
+        """What a manifest says once `replace` with the same is done: its segments, and the position.
 
         Everything of the log up to the position lies in those segments.
         """
         entries = [
-            SegmentEntry.of(part.body.name, _dead(part.live))
+            SegmentEntry.of(part.body.name, _dead(part.live), part.kind, part.body.covers)
             for number, part in self._parts.items()
             if isinstance(part.body, Segment) and number not in picks
         ]
         if segment is not None:
-            entries.append(SegmentEntry.of(segment.name, _dead(self._live_of(picks))))
-        unsealed = (
-            part.body
+            entries.append(SegmentEntry.of(segment.name, _dead(self._live_of(picks)), kind, segment.covers))
+        unsealed = [
+            part.body.after
             for number, part in self._parts.items()
-            if isinstance(part.body, Memtable) and number not in picks
-        )
-        first = next(unsealed)
-        return entries, first.after if first.rows else self.cursor
+            if isinstance(part.body, Memtable) and number not in picks and part.rows
+        ]
+        return entries, min([*unsealed, *self._recalled_from, self.cursor])
 
     def snapshot(self, position: int) -> Snapshot:
         """The live documents now, as of `position` at least."""
@@ -192,17 +215,12 @@ class Layout:
 
     def locate(self, ids: Sequence[str]) -> dict[str, tuple[View, int]]:
         """Where the live ones of these documents are."""
-        found: dict[str, tuple[View, int]] = {}
-        for id in ids:
-            if (place := self._places.get(id)) is not None:
-                number, row = self._resolve(place)
-                found[id] = self._view(self._parts[number]), row
-        return found
+        return {id: (self._view(part), row) for id, (part, row) in self._find(ids).items()}
 
     def facts(self) -> list[SegmentFacts]:
         """What compaction chooses by, oldest first."""
         return [
-            SegmentFacts(part.number, part.rows, part.rows - part.dead)
+            SegmentFacts(part.number, part.rows, part.rows - part.dead, part.kind)
             for part in self._parts.values()
             if isinstance(part.body, Segment)
         ]
@@ -210,24 +228,23 @@ class Layout:
     def segment_status(self) -> list[SegmentStatus]:
         """What to tell of the segments, oldest first."""
         return [
-            SegmentStatus(part.body.name, "flat", part.rows, part.rows - part.dead, part.body.size_bytes)
+            SegmentStatus(
+                part.body.name, part.body.kind, part.rows, part.rows - part.dead, part.body.size_bytes
+            )
             for part in self._parts.values()
             if isinstance(part.body, Segment)
         ]
 
     def validate_state(self) -> None:
-        """AssertionError unless every live row has its place, and every place its live row."""
-        seen: set[tuple[int, int]] = set()
-        for id, place in self._places.items():
-            number, row = self._resolve(place)
-            part = self._parts[number]
-            assert part.live[row], f"{id} is placed at a dead row"
-            assert self._view(part).id_at(row) == id, f"{id} is not where it is placed"
-            seen.add((number, row))
+        """AssertionError where a document is live twice or cannot be found, or a part miscounts."""
+        ids: set[str] = set()
         for part in self._parts.values():
             assert part.dead == part.live.count(0), f"part {part.number} miscounts its dead rows"
-        alive = sum(part.rows - part.dead for part in self._parts.values())
-        assert alive == len(seen) == len(self._places), "a live row has no place"
+            for row in np.flatnonzero(np.frombuffer(bytes(part.live), np.bool_)).tolist():
+                id = self._view(part).id_at(row)
+                assert id not in ids, f"{id} is live twice"
+                assert self._find([id]) == {id: (part, row)}, f"{id} is not found where it is live"
+                ids.add(id)
         assert next(reversed(self._parts)) == self._open_number, "the open memtable is not last"
 
     def _live_of(self, picks: Mapping[int, np.ndarray]) -> bytearray:
@@ -237,32 +254,31 @@ class Layout:
             for number, rows in picks.items()
         )
 
-    def _insert(self, rows: Sequence[LogRow], vectors: np.ndarray, after: int) -> None:
-        part, memtable = self._parts[self._open_number], self._open
-        if not memtable.rows:
-            memtable.after = after
-        place = part.number << _ROW_BITS | memtable.append(rows, vectors)
-        part.live.extend(b"\1" * len(rows))
-        part.view = None
-        places = self._places
-        for row in rows:
-            if (old := places.get(row.id)) is not None:
-                self._kill(old)
-            places[row.id] = place
-            place += 1
+    def _insert(self, rows: Sequence[LogRow], vectors: np.ndarray, after: int) -> list[int]:
+        """Append documents that are not here; everything up to `after` was applied before."""
+        frozen: list[int] = []
+        start = 0
+        while start < len(rows):
+            if not self._open.room:
+                frozen.append(self.freeze())
+            stop = min(start + self._open.room, len(rows))
+            part = self._parts[self._open_number]
+            self._open.append(rows[start:stop], vectors[start:stop], after)
+            part.live.extend(b"\1" * (stop - start))
+            part.view = None
+            start, after = stop, rows[stop - 1].version.seq
+        self._snapshot = None
+        return frozen
 
-    def _kill(self, place: int) -> None:
-        number, row = self._resolve(place)
-        part = self._parts[number]
-        part.live[row] = 0
-        part.dead += 1
-        part.view = None
-
-    def _resolve(self, place: int) -> tuple[int, int]:
-        number, row = place >> _ROW_BITS, place & _ROW_MASK
-        while (forward := self._forwards.get(number)) is not None:
-            number, row = forward[0], forward[1].item(row)
-        return number, row
+    def _find(self, ids: Sequence[str]) -> dict[str, tuple[Part, int]]:
+        """The part and live row of each of these documents that is here; each id once."""
+        found: dict[str, tuple[Part, int]] = {}
+        hashes = hashes_of(id.encode() for id in ids)
+        for part in self._parts.values():
+            for which, row in part.body.find(ids, hashes):
+                if part.live[row]:
+                    found[ids[which]] = part, row
+        return found
 
     def _add(self, body: Memtable | Segment, live: bytearray) -> Part:
         part = Part(self._next, body, live)
@@ -272,7 +288,7 @@ class Layout:
         return part
 
     def _start_memtable(self) -> None:
-        self._open = Memtable(self._dim, self._metric, self._schema, self._memtable_rows, self.cursor)
+        self._open = Memtable(self._dim, self._metric, self._schema, self._memtable_rows)
         self._open_number = self._add(self._open, bytearray()).number
 
     def _view(self, part: Part) -> View:

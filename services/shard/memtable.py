@@ -19,12 +19,14 @@ class Memtable:
     A row is never replaced here: whoever holds the memtable marks rows dead (layout.py).
     """
 
-    def __init__(self, dim: int, metric: Metric, schema: Schema, capacity: int, after: int) -> None:
+    def __init__(self, dim: int, metric: Metric, schema: Schema, capacity: int) -> None:
         self.metric, self.schema, self.capacity = metric, schema, capacity
-        #: Everything of the log up to here was applied before the first row.
-        self.after = after
+        #: The rows come from the positions (after, upto] of the log; of no meaning without rows.
+        self.after = self.upto = 0
         #: Rows in order of arrival; never a tombstone.
         self.rows: list[LogRow] = []
+        #: The last row of each id.
+        self._places: dict[str, int] = {}
         # Untouched pages cost nothing, and no row ever moves.
         self.vectors = np.empty((capacity, dim), dtype=np.float32)
         self._columns: dict[int, Columns] = {}
@@ -37,12 +39,24 @@ class Memtable:
         """Rows that still fit."""
         return self.capacity - len(self.rows)
 
-    def append(self, rows: Sequence[LogRow], vectors: np.ndarray) -> int:
-        """Add documents that fit, and return the number of the first; vectors float32 [n, dim], as sent."""
+    def append(self, rows: Sequence[LogRow], vectors: np.ndarray, after: int) -> None:
+        """Add documents that fit, in order of position; vectors float32 [n, dim], as sent.
+
+        They come from after that position of the log.
+        """
         first = len(self.rows)
+        self.after = min(self.after, after) if self.rows else after
+        self.upto = max(self.upto, rows[-1].version.seq)
         similarity.prepare(vectors, self.metric, out=self.vectors[first : first + len(rows)])
         self.rows.extend(rows)
-        return first
+        self._places.update(zip([row.id for row in rows], range(first, first + len(rows)), strict=True))
+
+    def find(self, ids: Sequence[str], hashes: np.ndarray) -> list[tuple[int, int]]:
+        """Where these ids are: (which of them, row) for each that is here, at its latest row."""
+        places = self._places
+        if places.keys().isdisjoint(ids):
+            return []
+        return [(which, places[id]) for which, id in enumerate(ids) if id in places]
 
     def columns(self, block: int, length: int) -> Columns:
         """The attributes of rows [block * 512, min(length, next block)); kept while they are whole."""

@@ -7,12 +7,14 @@ set aside under another name for people to look at; the log has everything it he
 import logging
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from index_builder.segments import files, manifest
+from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.manifest import Manifest, SegmentEntry
 from index_builder.segments.segment import Segment
 from shard_router.errors import SegmentCorrupt
@@ -25,14 +27,22 @@ _SEGMENT, _QUARANTINED = "segment-", "quarantined-"
 _QUARANTINED_MOST = 2
 #: An older manifest still helps while its segments exist.
 _MANIFESTS_KEPT = 2
+#: Segments opened at once.
+_OPENERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What the directory held: each segment with its dead rows (bool [rows]), and the log from where."""
+    """What the directory held.
+
+    `position`: the log has to be read from there. `segments`: each with its dead rows (bool [rows]) and
+    the kind it was written to be; their vectors are not verified yet. `missing`: spans (after, upto] of
+    the log up to the position whose documents lay in segments that are damaged or gone.
+    """
 
     position: int
-    segments: Sequence[tuple[Segment, np.ndarray]]
+    segments: Sequence[tuple[Segment, np.ndarray, IndexKind]]
+    missing: Sequence[tuple[int, int]]
 
 
 class Shelf:
@@ -42,14 +52,13 @@ class Shelf:
         self.directory, self._collection, self._log_id = directory, collection, log_id
         self._generation = 0
         self._last_segment = 0
-        #: Segments found damaged at recovery.
+        #: Segments found damaged.
         self.quarantined = 0
 
     def recover(self) -> Recovered:
         """Open the newest complete manifest of this log and space; position 0 and nothing without one.
 
-        Every byte of its segments is verified. A damaged segment is set aside, and the next older
-        manifest tried.
+        A damaged segment is set aside; what it held is among what is missing.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in self.directory.iterdir()]
@@ -74,7 +83,7 @@ class Shelf:
         for path in list(self.directory.iterdir()):
             if path.name not in keep and not path.name.startswith(_QUARANTINED):
                 _remove(path)
-        return Recovered(0, ()) if found is None else found[1]
+        return Recovered(0, (), ()) if found is None else found[1]
 
     def new_segment(self) -> Path:
         """A directory for the next segment; it does not exist."""
@@ -95,32 +104,42 @@ class Shelf:
         for name in names:
             _remove(self.directory / name)
 
-    def _open(self, candidate: Manifest) -> Recovered:
-        """Its segments, verified; SegmentCorrupt for one that is damaged, which is then set aside."""
-        opened: list[tuple[Segment, np.ndarray]] = []
-        for entry in candidate.segments:
-            path = self.directory / entry.name
-            try:
-                segment = Segment.open(path, self._collection.schema, verify=True)
-                expected = (entry.rows, self._collection.dim, self._collection.metric)
-                if (segment.rows, segment.dim, segment.metric) != expected:
-                    raise SegmentCorrupt(str(path), f"is not of {expected}")
-            except SegmentCorrupt:
-                self._quarantine(path)
-                raise
-            opened.append((segment, entry.dead_rows()))
-        return Recovered(candidate.position, opened)
-
-    def _quarantine(self, path: Path) -> None:
+    def quarantine(self, name: str) -> None:
+        """Set a damaged segment aside under another name; its documents are in the log."""
         self.quarantined += 1
-        if not path.exists():
-            return
-        aside = path.with_name(_QUARANTINED + path.name)
-        _remove(aside)
-        path.rename(aside)
-        log.error("segment %s is damaged and set aside as %s; its documents come from the log", path, aside)
+        path = self.directory / name
+        aside = path.with_name(_QUARANTINED + name)
+        if path.exists():
+            _remove(aside)
+            path.rename(aside)
         for old in sorted(self.directory.glob(f"{_QUARANTINED}*"))[:-_QUARANTINED_MOST]:
             _remove(old)
+
+    def _open(self, candidate: Manifest) -> Recovered:
+        """Its segments; one that is damaged is set aside. Several at once, for most of it is reading."""
+        with ThreadPoolExecutor(_OPENERS, "open segments") as threads:
+            opened = list(threads.map(self._open_segment, candidate.segments))
+        segments: list[tuple[Segment, np.ndarray, IndexKind]] = []
+        missing: list[tuple[int, int]] = []
+        for entry, found in zip(candidate.segments, opened, strict=True):
+            if isinstance(found, Segment):
+                segments.append((found, entry.dead_rows(), entry.kind))
+                continue
+            log.error("segment %s is set aside and its documents read from the log: %s", entry.name, found)
+            self.quarantine(entry.name)
+            missing.append(entry.covers or (0, candidate.position))
+        return Recovered(candidate.position, segments, missing)
+
+    def _open_segment(self, entry: SegmentEntry) -> Segment | SegmentCorrupt:
+        path = self.directory / entry.name
+        expected = (entry.rows, self._collection.dim, self._collection.metric)
+        try:
+            segment = Segment.open(path, self._collection.schema, verify=True)
+            if (segment.rows, segment.dim, segment.metric) != expected:
+                raise SegmentCorrupt(str(path), f"is not of {expected}")
+            return segment
+        except SegmentCorrupt as error:
+            return error
 
 
 def _remove(path: Path) -> None:

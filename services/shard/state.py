@@ -1,7 +1,7 @@
 """What a replica does with its files, decided: events in, instructions out.
 
-One instruction is carried out at a time, so a seal and a merge never fight over the processor or the
-disk. Seals go first, for they bound memory.
+At most one seal and one rewrite are under way. A rewrite begins only when nothing waits to be sealed, for
+seals bound memory; once begun, a large one may take minutes in its own process, and seals go on beside it.
 """
 
 from collections import deque
@@ -9,27 +9,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from index_builder.segments import compaction
-from index_builder.segments.compaction import SegmentFacts
+from index_builder.segments.compaction import Policy, SegmentFacts
+from index_builder.segments.index_spec import IndexKind
 
 #: How long after a failure to try again; doubled by each further one, up to the second figure.
 RETRY_FIRST_S, RETRY_MOST_S = 1.0, 60.0
 #: So many rows of a memtable that nothing was written to for so long are sealed before it is full:
 #: a segment takes half the time to search, and needs no log to recover.
 QUIET_ROWS, QUIET_S = 1024, 3.0
+#: A trickle of writes never ends, but is no bulk load: that fills a memtable every few seconds.
+LOAD_OVER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Froze:
-    """A memtable filled up."""
+class Seal:
+    """Write a frozen memtable as a segment, put it in its place, and publish a manifest."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """The instruction was carried out; these are the segments now."""
+class Rewrite:
+    """Write the live rows of segments as one of a kind, put it in their place, publish, drop their files."""
 
+    numbers: tuple[int, ...]
+    kind: IndexKind = IndexKind.FLAT
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Freeze the open memtable before it is full; Froze follows. Done at once."""
+
+
+Work = Seal | Rewrite
+Instruction = Work | Freeze
+
+
+@dataclass(frozen=True, slots=True)
+class Froze:
+    """A memtable was frozen; `filled` unless that was before it was full."""
+
+    number: int
+    filled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Some work was carried out; these are the segments now."""
+
+    work: Work
     segments: Sequence[SegmentFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Some work could not be carried out (the disk is full, say); nothing changed."""
+
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,79 +80,82 @@ class Looked:
     quiet_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The instruction could not be carried out (the disk is full, say); nothing changed."""
+Event = Froze | Done | Failed | Looked
 
 
-Event = Froze | Done | Looked | Failed
+@dataclass(slots=True)
+class _Lane:
+    """Work of one sort: one piece at a time, and pauses after failures."""
 
+    #: What is being carried out.
+    doing: Work | None = None
+    #: In a row.
+    failures: int = 0
+    not_before_s: float = 0.0
 
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """Write a frozen memtable as a segment, put it in its place, and publish a manifest."""
+    def free(self, now_s: float) -> bool:
+        return self.doing is None and (not self.failures or now_s >= self.not_before_s)
 
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rewrite:
-    """Write the live rows of segments as one, put it in their place, publish, and drop their files."""
-
-    numbers: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Freeze:
-    """Freeze the open memtable before it is full; Froze follows."""
-
-
-Instruction = Seal | Rewrite | Freeze
+    def failed(self, now_s: float) -> None:
+        self.doing = None
+        self.not_before_s = now_s + min(RETRY_FIRST_S * 2**self.failures, RETRY_MOST_S)
+        self.failures = min(self.failures + 1, 32)
 
 
 class FileState:
     """Decides what to write next; belongs to one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
         #: Frozen memtables that lie in no segment yet, oldest first.
         self.frozen: deque[int] = deque()
-        #: What is being carried out; None while there is nothing to do, or time has to pass first.
-        self.doing: Seal | Rewrite | None = None
-        #: Failures in a row.
-        self.failures = 0
-        self._not_before_s = 0.0
+        self._seals, self._rewrites = _Lane(), _Lane()
+        self._filled_at_s = -LOAD_OVER_S
+        #: Whether no bulk load was going on when that was last looked at.
+        self._calm = False
 
-    def handle(self, event: Event, now_s: float) -> Instruction | None:
-        """Take an event in, and say what to begin now; None to wait for the next event.
+    def handle(self, event: Event, now_s: float) -> list[Instruction]:
+        """Take an event in, and say what to begin now.
 
-        Freeze is done at once; Seal and Rewrite take time, and end with Done or Failed.
-
-        After a failure nothing begins until time has passed, so events (Looked) must keep coming.
+        Freeze is done at once; Seal and Rewrite take time, and end with Done or Failed. After a failure
+        nothing of that sort begins until time has passed, so events (Looked) must keep coming.
         """
+        segments: Sequence[SegmentFacts] = ()
         match event:
-            case Froze(number):
+            case Froze(number, filled):
                 self.frozen.append(number)
-                return self._begin((), now_s)
-            case Done(segments):
-                if isinstance(self.doing, Seal):
+                if filled:
+                    self._filled_at_s, self._calm = now_s, False
+            case Done(work, segments):
+                lane = self._lane(work)
+                lane.doing, lane.failures = None, 0
+                if isinstance(work, Seal):
                     self.frozen.popleft()
-                self.doing, self.failures = None, 0
-                return self._begin(segments, now_s)
-            case Failed():
-                self.doing = None
-                self._not_before_s = now_s + min(RETRY_FIRST_S * 2**self.failures, RETRY_MOST_S)
-                self.failures = min(self.failures + 1, 32)
-                return None
+            case Failed(work):
+                self._lane(work).failed(now_s)
+                return []
             case Looked(segments, open_rows, quiet_s):
                 if not self.frozen and open_rows >= QUIET_ROWS and quiet_s >= QUIET_S:
-                    return Freeze()
-                return self._begin(segments, now_s)
+                    return [Freeze()]
+                self._calm = quiet_s >= QUIET_S or now_s - self._filled_at_s >= LOAD_OVER_S
+        return self._begin(segments, now_s)
 
-    def _begin(self, segments: Sequence[SegmentFacts], now_s: float) -> Seal | Rewrite | None:
-        if self.doing is not None or (self.failures and now_s < self._not_before_s):
-            return None
+    def debt(self, segments: Sequence[SegmentFacts]) -> int:
+        """Rows of segments that are being rewritten, or will be once it is calm."""
+        return compaction.debt(segments, self._policy)
+
+    def _lane(self, work: Work) -> _Lane:
+        return self._seals if isinstance(work, Seal) else self._rewrites
+
+    def _begin(self, segments: Sequence[SegmentFacts], now_s: float) -> list[Instruction]:
+        begun: list[Instruction] = []
         if self.frozen:
-            self.doing = Seal(self.frozen[0])
-        elif numbers := compaction.choose(segments):
-            self.doing = Rewrite(numbers)
-        return self.doing
+            if self._seals.free(now_s):
+                self._seals.doing = Seal(self.frozen[0])
+                begun.append(self._seals.doing)
+        elif self._rewrites.free(now_s) and (
+            choice := compaction.choose(segments, self._policy, calm=self._calm)
+        ):
+            self._rewrites.doing = Rewrite(*choice)
+            begun.append(self._rewrites.doing)
+        return begun

@@ -195,5 +195,23 @@ async def test_a_merge_in_a_child_process_makes_the_same_segment(tmp_path: Path)
     assert [merged.log_row(row) for row in range(2)] == [one.log_row(3), one.log_row(1)]
     assert await merge_in_child(tmp_path / "none", [(one, np.array([], np.int64))], SCHEMA) is None
     (tmp_path / "one" / "header").unlink()
-    with pytest.raises(OSError, match="SegmentCorrupt"):
+    with pytest.raises(SegmentCorrupt, match="header") as told:
         await merge_in_child(tmp_path / "again", [(one, np.array([0]))], SCHEMA)
+    assert told.value.path == str(one.directory)
+
+
+async def test_a_child_tells_why_it_cannot_write(tmp_path: Path) -> None:
+    one = written(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        await merge_in_child(tmp_path / "file" / "both", [(one, np.array([0]))], SCHEMA)
+
+
+def test_a_merge_does_not_give_damage_a_good_checksum(tmp_path: Path) -> None:
+    one = written(tmp_path)
+    content = bytearray((tmp_path / "one" / "vectors").read_bytes())
+    content[7] ^= 4
+    (tmp_path / "one" / "vectors").write_bytes(content)
+    with pytest.raises(SegmentCorrupt, match="vectors"):
+        merge(tmp_path / "both", [(one, np.array([40]))], SCHEMA)
+    assert not (tmp_path / "both").exists()

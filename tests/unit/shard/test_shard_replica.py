@@ -52,7 +52,8 @@ async def open_replica(tmp_path: Path, log: MemoryLog, threads: ThreadPoolExecut
 
     async def open_one(**changed: Any) -> Replica:
         options: dict[str, Any] = {
-            "directory": tmp_path / "shard-0", "log_id": log.log_id, "tail": log.tail,
+            "directory": tmp_path / "shard-0", "log_id": log.log_id,
+            "tail": lambda after: log.tail(after),
             "search_threads": threads, "memtable_rows": 8, "poll_ms": 5, "tail_rows": log.page_rows,
         }  # fmt: skip
         metric = changed.pop("metric", Metric.COSINE)
@@ -157,28 +158,6 @@ async def test_a_restart_recovers_from_segments_and_reads_only_the_rest_of_the_l
     again.validate_state()
 
 
-@pytest.mark.parametrize("name", ["header", "vectors", "arrays", "index"])
-async def test_a_damaged_segment_is_set_aside_and_rebuilt_from_the_log(
-    open_replica: Open, log: MemoryLog, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    replica = await open_replica()
-    for i in range(30):
-        replica.offer(log.write(vectors(f"d{i}")))
-    await sealed(replica)
-    before = await nearest(replica, [1, 2, 3], k=40)
-    await replica.close()
-    segment = min(tmp_path.glob("shard-0/segment-*"))  # noqa: ASYNC240
-    content = bytearray((segment / name).read_bytes())
-    content[-1] ^= 1
-    (segment / name).write_bytes(content)
-    again = await open_replica()
-    assert await nearest(again, [1, 2, 3], k=40) == before
-    assert again.stats()["quarantined"] >= 1
-    assert (tmp_path / "shard-0" / f"quarantined-{segment.name}").is_dir()
-    assert f"segment {segment} is damaged" in caplog.text
-    again.validate_state()
-
-
 async def test_a_crash_at_any_file_leaves_what_it_takes_to_recover(
     open_replica: Open, log: MemoryLog, tmp_path: Path
 ) -> None:
@@ -268,7 +247,12 @@ async def test_a_full_disk_costs_no_answers_and_the_seal_is_tried_again(
         await until(lambda: replica.stats()["file_failures_total"] >= 2)
         assert len(await nearest(replica, [1, 0, 0], k=30)) == 20
         assert replica.describe()["segments"] == 0
+        assert replica.describe()["pending_rows"] == 16
+        assert replica.condition()[0] == "disk_full"
+        assert replica.stats()["disk_full"] == 1
     await until(lambda: replica.describe()["segments"] == 2)
+    assert replica.condition() == ("serving", "")
+    assert replica.stats()["disk_full"] == replica.describe()["pending_rows"] == 0
     assert "No space left" in caplog.text
     assert len(await nearest(replica, [1, 0, 0], k=30)) == 20
     replica.validate_state()
@@ -317,7 +301,7 @@ async def test_an_answer_never_claims_a_position_whose_documents_moved_on_unseen
         seen.append((after, replica.position))
         return await original(after)
 
-    replica._tail = watch
+    log.tail = watch
     replica.wake()
     assert await replica.wait_for(7, soon())
     assert seen == [(0, 0), (5, 0)], "after the first page nothing was certain yet"
@@ -333,7 +317,7 @@ async def test_a_page_read_before_a_push_does_not_undo_it(open_replica: Open, lo
         await go_on.wait()
         return delta
 
-    replica._tail = slow
+    log.tail = slow
     born = log.write(vectors("a", "b"))
     replica.wake()
     await read.wait()
@@ -393,6 +377,8 @@ async def test_a_replica_whose_log_was_exchanged_stops_answering(open_replica: O
     assert not await waiting
     with pytest.raises(Unavailable, match="restored"):
         await nearest(replica, [1, 0, 0])
+    assert replica.fell.is_set()
+    assert replica.condition()[0] == "down"
     assert not replica.offer(log.write(vectors("b")))
 
 
