@@ -158,7 +158,7 @@ def _main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         sources = [
-            (Segment.open(Path(path), job.schema, verify=True), np.frombuffer(rows, "<i8"))
+            (Segment.open(Path(path), job.schema, verify=True, vectors_too=False), np.frombuffer(rows, "<i8"))
             for path, rows in job.sources
         ]
         merge(Path(job.directory), sources, job.schema, job.kind, job.device)

@@ -152,13 +152,14 @@ class Segment:
         return cls.open(directory, schema, verify=False)
 
     @classmethod
-    def open(cls, directory: Path, schema: Schema, verify: bool) -> "Segment":
+    def open(cls, directory: Path, schema: Schema, verify: bool, vectors_too: bool = True) -> "Segment":
         """Map a segment.
 
-        With `verify`, everything but the vectors is read and compared with its checksum first: damage
-        there could misname a document or lead the index astray, in vectors it can only misjudge one until
-        `verify` has read them too. Attributes the schema gained since it was written read as null.
-        SegmentCorrupt where a file is missing, of another size, or of other bytes than were written.
+        With `verify`, every byte is read and compared with its checksum first; without `vectors_too`
+        those of the vectors, the most of it, are left to `verify`: damage there can misjudge a document,
+        elsewhere it could misname one or lead the index astray. Attributes the schema gained since it was
+        written read as null. SegmentCorrupt where a file is missing, of another size, or (verified) of
+        other bytes than were written.
         """
         try:
             header = msgspec.msgpack.decode(
@@ -168,7 +169,7 @@ class Segment:
             for name, expected in header.files.items():
                 if (directory / name).stat().st_size != expected.size_bytes:
                     raise SegmentCorrupt(str(directory), f"{name} is not of {expected.size_bytes} bytes")
-                if verify and name != _VECTORS:
+                if verify and (vectors_too or name != _VECTORS):
                     _verify(directory, name, expected)
             arrays = {
                 name: np.frombuffer(

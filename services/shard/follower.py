@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.layout import Layout
-from shard_router.errors import RingfortError
+from shard_router.errors import RingfortError, UnknownLog
 from shard_router.model import LogDelta
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,9 @@ class Follower:
                 await self._catch_up()
                 await self._recall()
                 failures = 0
+            except UnknownLog as error:
+                log.error("the replica of %s is down: %s", self._name, error)
+                self.fall(str(error))
             except Exception as error:
                 known = isinstance(error, RingfortError | OSError)
                 if not failures or not known:
@@ -198,7 +201,14 @@ class Follower:
         """Read pages of what is missing, and take in what of them is not here."""
         while self._missing:
             after, upto = self._missing[0]
-            delta = await self._read(after)
+            try:
+                delta = await self._read(after)
+            except UnknownLog:
+                if not after:
+                    raise
+                # Deletes from there on are forgotten. None is needed here, but only 0 is read without them.
+                self._missing[0] = (0, upto)
+                continue
             if delta is None:
                 return
             rows = [row for row in delta.rows if row.version.seq <= upto]

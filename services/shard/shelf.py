@@ -134,7 +134,7 @@ class Shelf:
         path = self.directory / entry.name
         expected = (entry.rows, self._collection.dim, self._collection.metric)
         try:
-            segment = Segment.open(path, self._collection.schema, verify=True)
+            segment = Segment.open(path, self._collection.schema, verify=True, vectors_too=False)
             if (segment.rows, segment.dim, segment.metric) != expected:
                 raise SegmentCorrupt(str(path), f"is not of {expected}")
             return segment

@@ -111,7 +111,7 @@ def test_a_changed_bit_is_found(tmp_path: Path, name: str) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(SegmentCorrupt, match="checksum"):
-        Segment.open(tmp_path / "one", SCHEMA, verify=True).verify()
+        Segment.open(tmp_path / "one", SCHEMA, verify=True)
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -13,7 +13,7 @@ from memory_log import MemoryLog, collection
 
 from services.deadline import Deadline
 from services.shard.replica import Replica
-from shard_router.errors import Unavailable
+from shard_router.errors import Unavailable, UnknownLog
 from shard_router.model import Hit, LogDelta
 
 RNG = np.random.default_rng(9)
@@ -256,3 +256,32 @@ async def test_all_segments_may_be_damaged(open_replica: Open, log: MemoryLog, t
     await until(lambda: again.condition()[0] == "serving")
     assert await answer(again) == (before, True)
     again.validate_state()
+
+
+async def test_a_repair_needs_no_deletes_that_the_log_has_forgotten(
+    open_replica: Open, log: MemoryLog, tmp_path: Path
+) -> None:
+    replica = await open_replica()
+    before = await fill(replica, log)
+    await replica.close()
+    flip(segments(tmp_path)[1] / "arrays")
+    original = log.tail
+
+    async def forgetful(after: int) -> LogDelta:
+        if 0 < after < 16:
+            raise UnknownLog(log.log_id, after)
+        return await original(after)
+
+    log.tail = forgetful  # type: ignore[method-assign]
+    again = await open_replica()
+    assert await answer(again) == (before, True)
+
+
+async def test_a_replica_that_is_behind_what_the_log_remembers_falls(
+    open_replica: Open, log: MemoryLog
+) -> None:
+    replica = await open_replica()
+    log.failures = [UnknownLog(log.log_id, 0)]
+    await until(replica.fell.is_set)
+    with pytest.raises(Unavailable, match="unknown here"):
+        await answer(replica)
