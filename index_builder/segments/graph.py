@@ -43,13 +43,12 @@ class GraphIndex:
     #: Where fewer are allowed, scoring just those exactly is cheaper.
     scan_share = 1 / 50
 
-    def __init__(self, index: Any, held: np.ndarray) -> None:
-        """held: the rows that were added last, int64, ascending."""
+    def __init__(self, index: Any, held: np.ndarray, rows: int) -> None:
+        """held: those of the rows that are added last, int64, ascending."""
         self._index = index
         self._codes: Any = faiss.downcast_index(index.storage)
-        self.shape = int(index.ntotal), int(index.d)
+        self.shape = rows, int(index.d)
         self.held = held
-        rows = self.shape[0]
         self._swap = held, np.arange(rows - len(held), rows)
         #: int32 [rows + 1]: the row at each place; -1 stays -1.
         self._row_at = np.append(_places(rows, self._swap), np.int32(-1))
@@ -69,16 +68,16 @@ class GraphIndex:
             index.add(vectors[order[start : min(start + _ADD_ROWS, linked)]])
         present = np.ones(rows, np.bool_)
         present[held] = False
-        built = cls(index, held)
+        built = cls(index, held, rows)
         curve = measure(built, vectors[held], vectors, RowSet(present), metric)
         index.add(vectors[held])
-        built = cls(index, held)
         return (built, curve) if curve.rungs[-1][1] >= GATE_RECALL else None
 
     @classmethod
     def open(cls, path: Path, held: np.ndarray) -> "GraphIndex":
         """Map the index that `save` wrote. RuntimeError where FAISS cannot read it."""
-        return cls(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC), held)
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return cls(index, held, int(index.ntotal))
 
     def save(self, path: Path) -> None:
         """Write graph and codes as a FAISS index file."""

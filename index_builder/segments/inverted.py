@@ -27,6 +27,8 @@ _LISTS_A_ROOT, _LEAST_LIST_ROWS = 3.2, 39
 _TRAINING_ROWS_A_LIST, _TRAINING_ROUNDS = 64, 10
 #: A code has at most so many parts: their distances are summed in 16 bits.
 _PARTS_MOST = 512
+#: Up to here every dimension has a part of its own, or too few bits would tell rows apart.
+_FINE_DIM = 64
 _ADD_ROWS = 8192
 #: Where a share s of rows is allowed, s to this power as many lists are read.
 _NARROWING = -0.2
@@ -106,8 +108,8 @@ class InvertedIndex:
 
 
 def _parts(dim: int) -> int:
-    """Parts of a code: two dimensions each, one where that does not divide, more where there are many."""
-    if dim % 2:
+    """Parts of a code: two dimensions each; one where there are few or that does not divide, or more."""
+    if dim % 2 or dim <= _FINE_DIM:
         return dim
     width = 2
     while dim // width > _PARTS_MOST and dim % (width * 2) == 0:
