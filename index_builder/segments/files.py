@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, forced to disk, then renamed into it."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ import xxhash
 _CHUNK_BYTES = 1 << 20
 #: A large file is forced to disk in pieces: one long flush would hold up everybody else's small ones.
 _SYNC_BYTES = 16 << 20
+#: With less room than this the disk is full.
+_ROOM_BYTES = 1 << 20
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -48,6 +51,13 @@ def record(path: Path, pace: Callable[[int], None] | None = None) -> FileRecord:
             if pace is not None:
                 pace(len(chunk))
     return FileRecord(size_bytes, digest.digest())
+
+
+def failure(directory: Path, why: str) -> OSError:
+    """What a library that does not say so ran into while it wrote there: a full disk, or something else."""
+    room = os.statvfs(directory)
+    full = room.f_bavail * room.f_frsize < _ROOM_BYTES
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else OSError(errno.EIO, why)
 
 
 def sync(path: Path) -> None:

@@ -288,7 +288,10 @@ def _write(
     written = np.frombuffer(_map(directory / _VECTORS), "<f4").reshape(draft.rows, -1)
     built = _build_index(written, metric, kind, device)
     if built is not None:
-        built[0].save(directory / _INDEX)
+        try:
+            built[0].save(directory / _INDEX)
+        except RuntimeError as error:  # FAISS has one class for everything
+            raise files.failure(directory, str(error)) from error
         files.sync(directory / _INDEX)
         records[_INDEX] = files.record(directory / _INDEX)
     places: dict[str, _ArrayPlace] = {}

@@ -42,10 +42,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Merges of so many rows are worth a process of their own, and so is every graph.
+#: Merges of so many rows are worth a process of their own.
 _CHILD_ROWS = 16_384
 #: What a full disk says.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Overtaken(Exception):
+    """A source was found damaged and set aside meanwhile."""
 
 
 class FileWork:
@@ -134,17 +138,19 @@ class FileWork:
                     await self._rewrite(numbers, kind)
             self.disk_full = None
             event: Event = Done(work, self._layout.facts())
+        except _Overtaken:
+            event = Done(work, self._layout.facts())
         except Exception as error:
             self._failed(work, error)
             event = Failed(work)
         self._handle(event)
 
     def _failed(self, work: Work, error: Exception) -> None:
-        self._failures += 1
         if isinstance(error, SegmentCorrupt):
             if not self._closing:
                 self._on_corrupt(os.path.basename(error.path), error.why)
             return
+        self._failures += 1
         known = isinstance(error, OSError)
         directory = self._shelf.directory
         log.error("%s in %s failed, tried again later: %s", work, directory, error, exc_info=not known)
@@ -174,12 +180,14 @@ class FileWork:
         self._seals += 1
 
     async def _rewrite(self, numbers: Sequence[int], kind: IndexKind) -> None:
+        if not self._layout.has(numbers):
+            raise _Overtaken
         parts = {number: self._layout.segments[number] for number in numbers}
         picks = {number: self._layout.live_rows(number) for number in numbers}
         path = self._shelf.new_segment()
         sources = [(segment, picks[number]) for number, segment in parts.items()]
         schema, device = self._collection.schema, self._policy.device
-        if kind is not IndexKind.FLAT or sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
+        if sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
             self._child = asyncio.current_task()
             try:
                 segment = await merge_in_child(path, sources, schema, kind, device)
@@ -211,11 +219,11 @@ class FileWork:
         try:
             async with self._swapping:
                 if not self._layout.has(picks):
-                    raise OSError("a source was set aside meanwhile")
+                    raise _Overtaken
                 entries, position = self._layout.sealed(picks, segment, kind)
                 await self._in_thread(lambda: self._shelf.publish(position, entries))
                 self._layout.replace(picks, segment, kind)
-        except OSError:
+        except (OSError, _Overtaken):
             if segment is not None:
                 await self._in_thread(lambda: self._shelf.drop([segment.name]))
             raise

@@ -239,8 +239,9 @@ class Replica:
         """`serving`, or what else is the matter, and why."""
         if self._follower.down is not None:
             return "down", self._follower.down
-        if missing := self._follower.missing_positions:
-            return "repairing", f"documents of {missing} positions of the log are being read again"
+        if not self._whole:
+            missing = self._follower.missing_positions
+            return "repairing", f"a segment was damaged; {missing} positions of the log are read again"
         if self._files.disk_full is not None:
             return "disk_full", self._files.disk_full
         return "serving", ""
@@ -294,9 +295,14 @@ class Replica:
         if self._follower.down is not None:
             raise Unavailable(f"the replica of {self._name} is down: {self._follower.down}")
 
+    @property
+    def _whole(self) -> bool:
+        """Whether no document is missing for its segment was damaged, or about to be."""
+        return not self._losing and not self._follower.missing_positions
+
     def _require_whole(self) -> None:
         self._require_up()
-        if self._follower.missing_positions:
+        if not self._whole:
             raise Unavailable(f"the replica of {self._name} is reading documents again that it lost")
 
     async def _search(
@@ -306,7 +312,7 @@ class Replica:
         self._require_up()
         if queries.shape[1] != self._collection.dim:
             raise DimensionMismatch("query", queries.shape[1], self._collection.dim)
-        snapshot, complete = self._snapshot(), not self._follower.missing_positions
+        snapshot, complete = self._snapshot(), self._whole
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         hits = await self._searches.search(snapshot, queries, k, deadline=deadline, **options)
         return ShardAnswer(snapshot.position, hits, (time.perf_counter() - began) * 1e3, complete)
