@@ -172,6 +172,7 @@ class Embedded:
                 pool_size=settings.metadata.pool_size,
                 statement_timeout_ms=settings.metadata.statement_timeout_ms,
                 tombstone_ttl_s=settings.metadata.tombstone_ttl_s,
+                say=self._say,
             )
 
         async def redis_url() -> str:

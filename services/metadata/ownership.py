@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psycopg
@@ -63,12 +64,12 @@ class Ownership:
         self._doubted = asyncio.Event()
         self._claim = Claim(uuid.UUID(int=0), "", 0, "")
 
-    async def take(self, wait_s: float) -> None:
+    async def take(self, wait_s: float, say: Callable[[str], None]) -> None:
         """Wait for the server, claim the database, bring its schema up to date.
 
-        Raises StartupRefused.
+        `say` hears why it is waited, as soon as it is. Raises StartupRefused.
         """
-        self._connection = await self._connect(wait_s)
+        self._connection = await self._connect(wait_s, say)
         await self._check_server(self._connection)
         if not await self._lock(self._connection, LOCK_WAIT_S):
             raise StartupRefused(f"{self._where()} is already in use by another Ringfort service.")
@@ -125,8 +126,8 @@ class Ownership:
         name, host, port = (self._arguments.get(part, "") for part in ("dbname", "host", "port"))
         return f"The database {name!r} at {host}:{port}"
 
-    async def _connect(self, wait_s: float) -> Connection:
-        until_s = time.monotonic() + wait_s
+    async def _connect(self, wait_s: float, say: Callable[[str], None]) -> Connection:
+        until_s, waiting = time.monotonic() + wait_s, False
         while True:
             try:
                 return await psycopg.AsyncConnection.connect(**self._arguments)  # type: ignore[arg-type]
@@ -136,6 +137,9 @@ class Ownership:
                     raise StartupRefused(
                         f"{self._where()} cannot be reached: {first_line(error)}."
                     ) from error
+                if not waiting:
+                    say(f"{self._where()} does not answer; waiting {wait_s:g} s: {first_line(error)}")
+                waiting = True
             await asyncio.sleep(FIRST_PAUSE_S)
 
     async def _check_server(self, connection: Connection) -> None:
@@ -212,7 +216,7 @@ class Ownership:
             try:
                 assert self._connection is not None
                 await self._connection.close()
-                self._connection = await self._connect(0.0)
+                self._connection = await self._connect(0.0, log.debug)
                 # The server may not have noticed yet that our last connection is gone.
                 if await self._lock(self._connection, LOCK_WAIT_S):
                     await self._confirm(self._connection)

@@ -1,5 +1,6 @@
 """The room's door: one database, opened, claimed and ready."""
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ from services.metadata.tombstones import Tombstones
 from shard_router.model import Collection, Commit, LogDelta, LogRow, Metric, Schema, Write
 
 __all__ = ["TAIL_ROWS", "StartupRefused", "Store"]
+
+log = logging.getLogger(__name__)
 
 #: Rows of one page of a log.
 TAIL_ROWS = 4_096
@@ -50,11 +53,13 @@ class Store:
         *,
         pool_size: int = 8,
         statement_timeout_ms: int = 10_000,
-        wait_s: float = 15.0,
+        wait_s: float = 8.0,
+        say: Callable[[str], None] = log.info,
         tombstone_ttl_s: float = 7 * 24 * 3600.0,
     ) -> "Store":
         """Wait up to `wait_s` for the server, claim the database, bring its schema up to date.
 
+        `say` hears, in a few words, why it is waited.
         What was deleted longer than `tombstone_ttl_s` ago is forgotten, in the background.
 
         Raises StartupRefused: not a URL, unreachable, in use by another service, too old a server, not UTF8,
@@ -72,7 +77,7 @@ class Store:
             check_identity=ownership.check_identity,
         )
         try:
-            await ownership.take(wait_s)
+            await ownership.take(wait_s, say)
             await database.open()
         except BaseException:
             await ownership.close()

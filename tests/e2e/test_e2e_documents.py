@@ -149,6 +149,36 @@ def test_own_vectors_come_back_bit_for_bit(client: Client, make_collection: Make
         np.testing.assert_array_equal(document.vector, vector)
 
 
+@pytest.mark.parametrize("dtype", ["F16", "I8"])
+def test_vectors_of_a_smaller_dtype_are_kept_to_the_last_bit(
+    rpc: Rpc, client: Client, make_collection: MakeCollection, dtype: str
+) -> None:
+    """What they say is what is stored, scored and told: half floats as they are, codes times their scale."""
+    rng = np.random.default_rng(3)
+    name = make_collection(dim=8, metric="inner_product")
+    if dtype == "F16":
+        sent = rng.normal(size=(5, 8)).astype(np.float16)
+        sent[0, :4] = [6e-8, -65504, 1 / 3, -0.0]
+        matrix = pb.Matrix(data=sent.tobytes(), dtype=pb.F16, rows=5, dim=8)
+        meant = sent.astype(np.float32)
+    else:
+        codes, scales = rng.integers(-127, 128, (5, 8), np.int8), rng.random(5, np.float32)
+        matrix = pb.Matrix(data=codes.tobytes(), dtype=pb.I8, rows=5, dim=8, scales=scales.tobytes())
+        meant = codes * scales[:, None]
+    ids = [f"v{i}" for i in range(5)]
+    rpc.document.Upsert(
+        pb.UpsertRequest(
+            collection=name, documents=[pb.Document(id=id) for id in ids], vectors=matrix, wait=pb.VISIBLE
+        )
+    )
+    for document, vector in zip(client.get(name, ids, include=["vector"]), meant, strict=True):
+        assert document is not None
+        np.testing.assert_array_equal(document.vector, vector)
+    query = np.eye(8, dtype=np.float32)[1]
+    found = {hit.id: hit.score for hit in client.search(name, vector=query, k=5, exact=True)}
+    assert found == {id: float(vector[1]) for id, vector in zip(ids, meant, strict=True)}
+
+
 # -- patch
 
 

@@ -195,9 +195,14 @@ async def test_another_encoding_is_refused(postgres_url: str) -> None:
 
 async def test_what_cannot_be_reached_is_said_without_the_password(postgres_url: str, free_port: int) -> None:
     nobody = make_conninfo(postgres_url, host="127.0.0.1", port=free_port, password="s3cret")
+    said: list[str] = []
     with pytest.raises(StartupRefused, match="cannot be reached") as refused:
-        await Store.open(nobody, wait_s=0.1)
+        await Store.open(nobody, wait_s=0.2, say=said.append)
     assert "s3cret" not in str(refused.value)
+    # Once, and at once.
+    [waiting] = said
+    assert f":{free_port} does not answer; waiting 0.2 s: " in waiting
+    assert "s3cret" not in waiting
     for wrong in ({"password": "s3cret"}, {"dbname": "nowhere"}):
         began_s = time.monotonic()
         with pytest.raises(StartupRefused, match="cannot be reached") as refused:
