@@ -168,17 +168,18 @@ class Store:
         return delta
 
     def follow(self, collection: Collection) -> Callable[[int], Awaitable[LogDelta]]:
-        """`tail` for one reader, page by page up to the log's end and then on and on.
+        """`tail` for one replica, page by page up to the log's end and then on and on.
 
-        A reader that began with nothing, at 0, is not refused for deletes that were forgotten before.
+        Who begins with nothing, at 0, is not refused between its pages for deletes forgotten before.
         """
-        empty_at = 0
+        #: By where a page ended, short of the log's end: where the log stood when its reader began at 0.
+        began: dict[int, int] = {}
 
         async def tail(after: int) -> LogDelta:
-            nonlocal empty_at
-            delta, counter = await self._documents.tail(collection, after, TAIL_ROWS, empty_at)
-            if after == 0:
-                empty_at = counter
+            delta, counter = await self._documents.tail(collection, after, TAIL_ROWS, began.get(after, 0))
+            empty_at = counter if after == 0 else began.pop(after, 0)
+            if empty_at and delta.upto < counter:
+                began[delta.upto] = empty_at
             return delta
 
         return tail
