@@ -63,6 +63,8 @@ class EmbedderSettings(Section):
     #: Inference threads; 0 means the CPUs this process really has.
     workers: int = Field(0, ge=0)
     queue_texts: int = Field(8_192, ge=1)
+    #: Pictures that may wait or run, of one image model.
+    queue_images: int = Field(512, ge=1)
     #: A sentence-transformers directory in place of the packaged model.
     source: Path | None = None
     #: Where models run; auto takes a GPU where there is one and the model's precision is made for it.

@@ -23,6 +23,7 @@ from services.config import Config, GatewaySettings
 from services.data_dir import DataDir, StartupError
 from services.embedder.cpus import usable_cpus
 from services.embedder.embedder import Embedder
+from services.embedder.images import ImageEmbedder
 from services.embedder.onnx_model import OnnxModel
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
@@ -236,11 +237,24 @@ class Embedded:
         return self._cached(cache, embedder)
 
     def _embedder(self, manifest: ModelManifest) -> Embedder:
-        """A model with its queue and threads; takes a moment."""
+        """A model of texts with its queue and threads; takes a moment."""
         settings = self._config.embedder
         model = OnnxModel.load(manifest, threads=manifest.threads, device=settings.device)
-        workers = settings.workers or max(1, usable_cpus() // manifest.threads)
-        return Embedder(model, workers=workers, queue_texts=settings.queue_texts)
+        return Embedder(model, workers=self._workers(manifest), queue_texts=settings.queue_texts)
+
+    def _any_embedder(self, manifest: ModelManifest) -> Embedder | ImageEmbedder:
+        settings = self._config.embedder
+        if manifest.image is None:
+            return self._embedder(manifest)
+        return ImageEmbedder.load(
+            manifest,
+            workers=self._workers(manifest),
+            queue_images=settings.queue_images,
+            device=settings.device,
+        )
+
+    def _workers(self, manifest: ModelManifest) -> int:
+        return self._config.embedder.workers or max(1, usable_cpus() // manifest.threads)
 
     def _cached(self, cache: CacheTier, embedder: Embedder) -> Embeddings:
         return Embeddings(
@@ -254,7 +268,7 @@ class Embedded:
         return Models(
             default,
             data_dir.models,
-            load=self._embedder,
+            load=self._any_embedder,
             cached=functools.partial(self._cached, cache),
             max_bytes=self._config.embedder.models_bytes,
         )

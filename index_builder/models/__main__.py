@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 
 from index_builder.models.gate_table import gate_table
-from index_builder.models.manifest import ModelManifest, Requirements
+from index_builder.models.manifest import ImageInput, ModelManifest, Requirements
 
 FAILED, INTERRUPTED = 1, 130
 #: Columns where the output is no terminal: enough for the table to be read in a file or a log.
@@ -42,15 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(_facts(manifest), ensure_ascii=False))
     else:
-        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(gate_table(manifest))
+        if manifest.gate:
+            Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(gate_table(manifest))
         print(f"{manifest.model} {manifest.precision} is in {manifest.directory}")
     return 0
 
 
 def _build(arguments: argparse.Namespace) -> ModelManifest:
     from index_builder.models import gate
+    from index_builder.models.image_release import release_images
     from index_builder.models.release import PRECISIONS, Wanted, release
 
+    if arguments.image:
+        name = arguments.name or f"{arguments.source.stem.lower()}@1"
+        return release_images(arguments.source, arguments.out, name, arguments.output or "", arguments.image)
     name = arguments.name or f"{arguments.source.resolve().name.lower()}@1"
     wanted = Wanted(
         model=name,
@@ -81,8 +86,18 @@ def _build(arguments: argparse.Namespace) -> ModelManifest:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ringfort models", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="build a model from a sentence-transformers directory")
-    build.add_argument("source", type=Path, metavar="SOURCE", help="a sentence-transformers directory")
+    build = commands.add_parser("build", help="build a model from what was published")
+    build.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a sentence-transformers directory, or an ONNX file",
+    )
+    build.add_argument(
+        "--image", type=_image, metavar="JSON",
+        help='how pictures are prepared: {"input": "pixels", "width": 224, "height": 224, "mean": […], …}',
+    )  # fmt: skip
+    build.add_argument("--output", metavar="NAME", help="with --image: what becomes the vector")
     build.add_argument("--name", metavar="NAME@VERSION", help="default: the directory's name @1")
     build.add_argument("--out", type=Path, metavar="DIR", default=Path("models"), help="default: ./models")
     build.add_argument(
@@ -114,6 +129,13 @@ def _positive(word: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _image(word: str) -> ImageInput:
+    try:
+        return msgspec.json.decode(word, type=ImageInput)
+    except msgspec.MsgspecError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _lines(path: Path) -> tuple[str, ...]:

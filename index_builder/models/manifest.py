@@ -84,12 +84,15 @@ class Gate(msgspec.Struct, frozen=True):
 class ImageInput(msgspec.Struct, frozen=True):
     """How a picture becomes what an image model reads: RGB or BGR floats, (value / scale - mean) / std."""
 
-    #: Name of the graph's input.
+    #: Name of the graph's input, float32 [n, 3, height, width] or as `layout` says.
     input: str
     width: int
     height: int
-    #: stretch: to size, whatever the shape. crop: cover the size, take the middle. pad: fit in, fill with 0.
+    #: stretch: to size, whatever the shape. crop: cover the size, take the middle. pad: fit in, black around.
     resize: Literal["stretch", "crop", "pad"] = "crop"
+    #: With crop, what the shorter side is scaled to before the middle is taken; 0: just enough.
+    shorter_side: int = 0
+    resample: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     channels: Literal["RGB", "BGR"] = "RGB"
     #: Order of the graph's axes after the batch's.
     layout: Literal["CHW", "HWC"] = "CHW"

@@ -43,6 +43,11 @@ def reduced_space_id(*, space: str, kind: str, dim: int, matrix_sha256: str) -> 
     return _identity("space", {"of": space, "reduction": kind, "dim": dim, "matrix": matrix_sha256})
 
 
+def image_space_id(*, graph_sha256: str, output: str, preparation: Mapping[str, object]) -> str:
+    """16 hex characters of a space of pictures: the graph as published, and all that comes before it."""
+    return _identity("space", {"graph": graph_sha256, "output": output, "image": dict(preparation)})
+
+
 def variant_id(*, space: str, precision: str, engine: str, artifact_sha256: str) -> str:
     """16 hex characters of one way to run a space; equal variants give equal vectors for equal texts."""
     return _identity(

@@ -11,15 +11,16 @@ from ringfort.results import RerankHit
 
 
 def embed(
-    texts: Sequence[str],
+    texts: Sequence[str] = (),
     *,
+    images: Sequence[bytes] = (),
     model: str | None = None,
     input_type: str = "QUERY",
     dimensions: int = 0,
     dtype: str = "F32",
     truncate: bool = False,
 ) -> Call[pb.EmbedResponse, Vector]:
-    """The vectors of the texts, float32 [n, dim].
+    """The vectors of the texts, or of encoded pictures by an image model, float32 [n, dim].
 
     `input_type` is QUERY or DOCUMENT; `dtype` is how they travel (F32, F16 or I8); `truncate` cuts texts
     over the byte limit where they would be refused.
@@ -29,6 +30,7 @@ def embed(
     request = pb.EmbedRequest(
         model=model or "",
         texts=texts,
+        images=images,
         input_type=wire.enum_value(pb.InputType, input_type, "input_type"),
         dimensions=dimensions,
         dtype=wire.enum_value(pb.DType, dtype, "dtype"),

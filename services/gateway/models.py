@@ -18,6 +18,7 @@ from index_builder.models.manifest import GRAPH_FILE, ModelCorrupt, ModelManifes
 from index_builder.models.reduction import Reduction, truncated
 from services.deadline import Deadline
 from services.embedder.embedder import Embedder, InputType
+from services.embedder.images import EmbeddedImages, ImageEmbedder
 from services.gateway.embeddings import Embeddings, Vectors
 from services.metadata.models import ModelState, ModelVersion
 from shard_router.errors import (
@@ -46,8 +47,9 @@ class Registered:
 class _Held:
     """A loaded model."""
 
-    embedder: Embedder
-    embeddings: Embeddings
+    embedder: Embedder | ImageEmbedder
+    #: The cache before an embedder of texts; pictures are not cached.
+    embeddings: Embeddings | None
     graph_bytes: int
     #: Calls under way; it is not given up while there are any.
     in_use: int = 0
@@ -65,7 +67,7 @@ class Models:
         default: Embeddings,
         directory: Path,
         *,
-        load: Callable[[ModelManifest], Embedder],
+        load: Callable[[ModelManifest], Embedder | ImageEmbedder],
         cached: Callable[[Embedder], Embeddings],
         max_bytes: int,
     ) -> None:
@@ -165,10 +167,13 @@ class Models:
         `dim` is a length that the model declares, 0 its own. Overloaded where neither the queue nor the
         memory has room; EmbedderUnavailable where the model's files are gone; DeadlineExceeded.
         """
+        if manifest.image is not None:
+            raise InvalidField("texts", f"model {manifest.model} takes images")
         if manifest.variant == self.default.variant:
             made = await self._default.embed(texts, input_type, deadline, use_cache=use_cache)
         else:
             held = await self._hold(manifest, deadline)
+            assert held.embeddings is not None, "a model of texts has a cache before it"
             held.in_use += 1
             try:
                 made = await held.embeddings.embed(texts, input_type, deadline, use_cache=use_cache)
@@ -177,6 +182,20 @@ class Models:
         if dim in (0, manifest.dim):
             return made
         return replace(made, vectors=truncated(made.vectors, dim))
+
+    async def embed_images(
+        self, manifest: ModelManifest, images: Sequence[bytes], deadline: Deadline
+    ) -> EmbeddedImages:
+        """A vector for every encoded picture, in order; the errors of `embed`, and InvalidField."""
+        if manifest.image is None:
+            raise InvalidField("images", f"model {manifest.model} takes texts")
+        held = await self._hold(manifest, deadline)
+        assert isinstance(held.embedder, ImageEmbedder), "a model of images has an embedder of them"
+        held.in_use += 1
+        try:
+            return await held.embedder.embed(images, deadline)
+        finally:
+            held.in_use -= 1
 
     async def embed_for(
         self,
@@ -240,7 +259,8 @@ class Models:
                 graph_bytes = (manifest.directory / GRAPH_FILE).stat().st_size
                 await self._make_room(graph_bytes)
                 embedder = await asyncio.to_thread(self._load_embedder, manifest)
-                self._held[manifest.model] = _Held(embedder, self._cached(embedder), graph_bytes)
+                embeddings = None if isinstance(embedder, ImageEmbedder) else self._cached(embedder)
+                self._held[manifest.model] = _Held(embedder, embeddings, graph_bytes)
         except (ArtifactRefused, OSError) as error:
             self._failures += 1
             raise EmbedderUnavailable(manifest.model, str(error)) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from google.protobuf import json_format
 
+from index_builder.models.manifest import ModelManifest
 from protos.ringfort import v1 as pb
 from services import wire
 from services.cache.tier import CacheTier
@@ -59,7 +60,7 @@ class EmbeddingService:
         began = time.perf_counter()
         manifest = self._models.resolve(request.model)
         if request.images:
-            raise InvalidField("images", f"model {manifest.model} takes texts")
+            return await self._embed_images(request, manifest, call, began)
         wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
         dim = require_dimension(manifest, request.dimensions, "dimensions")
         if request.dtype not in (pb.F32, pb.F16, pb.I8):
@@ -88,6 +89,30 @@ class EmbeddingService:
                 tokenize_ms=made.tokenize_ms,
                 inference_ms=made.inference_ms,
                 cache_ms=made.cache_ms,
+            ),
+        )
+
+    async def _embed_images(
+        self, request: pb.EmbedRequest, manifest: ModelManifest, call: Call, began: float
+    ) -> pb.EmbedResponse:
+        if request.texts:
+            raise InvalidField("images", "give texts or images, one of the two")
+        if request.dtype not in (pb.F32, pb.F16, pb.I8):
+            raise InvalidField("dtype", f"{request.dtype} is not a dtype")
+        require_dimension(manifest, request.dimensions, "dimensions")
+        wire.check_rows(request.images, "images", self._limits.max_batch_rows)
+        made = await self._models.embed_images(manifest, request.images, call.deadline)
+        return pb.EmbedResponse(
+            vectors=wire.matrix_from(made.vectors, request.dtype),
+            rows=[pb.EmbedRow()] * len(request.images),
+            model=manifest.model,
+            space=manifest.space,
+            variant=manifest.variant,
+            timings=pb.Timings(
+                total_ms=(time.perf_counter() - began) * 1e3,
+                queue_ms=made.queue_ms,
+                tokenize_ms=made.decode_ms,
+                inference_ms=made.inference_ms,
             ),
         )
 
