@@ -40,7 +40,7 @@ def prepared(data: bytes, wanted: ImageInput) -> np.ndarray:
 
 def _decoded(data: bytes, wanted: ImageInput) -> Any:
     """An RGB picture, at no less than the size wanted."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         picture: Any = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -56,7 +56,7 @@ def _decoded(data: bytes, wanted: ImageInput) -> Any:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise PictureRefused(f"more than {MAX_PIXELS} pixels") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureRefused(f"not a picture of a kind known here ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on bad bytes
         raise PictureRefused(f"cannot be decoded ({error})") from None

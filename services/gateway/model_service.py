@@ -75,9 +75,6 @@ class ModelService:
             models=[_message(default, state), *(self._registered_message(known) for known in registered)]
         )
 
-    async def SetTraffic(self, request: pb.SetTrafficRequest, call: Call) -> pb.Model:
-        raise NotImplementedHere("a canary of a share of the traffic", "percent")
-
     async def Promote(self, request: pb.PromoteModelRequest, call: Call) -> pb.Model:
         """Make a version the one that its bare name means; collections stay with the version they have."""
         async with self._changing:
