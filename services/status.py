@@ -22,6 +22,7 @@ CODES: dict[type[errors.RingfortError], grpc.StatusCode] = {
     errors.InvalidFilter: grpc.StatusCode.INVALID_ARGUMENT,
     errors.DimensionMismatch: grpc.StatusCode.INVALID_ARGUMENT,
     errors.PreconditionFailed: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.TooLarge: grpc.StatusCode.INVALID_ARGUMENT,
     errors.SpaceMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.UnknownLog: grpc.StatusCode.FAILED_PRECONDITION,
     errors.LogPurged: grpc.StatusCode.FAILED_PRECONDITION,

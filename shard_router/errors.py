@@ -53,6 +53,14 @@ class DimensionMismatch(InvalidField):
         self.got, self.want = got, want
 
 
+class TooLarge(InvalidField):
+    """A request is larger than this service reads."""
+
+    def __init__(self, field: str, limit_bytes: int) -> None:
+        super().__init__(field, f"is over the limit of {limit_bytes} bytes")
+        self.limit_bytes = limit_bytes
+
+
 class PreconditionFailed(RingfortError):
     """The request is well-formed, but the state of things does not allow it."""
 

@@ -34,7 +34,7 @@ from services.gateway.admission import Admission
 from services.gateway.server import DEFAULT_TENANT, PortTaken, tenant_of
 from services.gateway.servicers import Call, EmbeddingService, SearchService
 from services.telemetry import Telemetry
-from shard_router.errors import InvalidField, RingfortError
+from shard_router.errors import InvalidField, NotFound, RingfortError, TooLarge
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,10 @@ class Http:
                     self._admission.leave()
             except RingfortError as error:
                 code = status.code_of(error)
-                return _error(code, str(error), error.field, error.reason, error.retry_after_ms)
+                told = _error(code, str(error), error.field, error.reason, error.retry_after_ms)
+                if isinstance(error, TooLarge):
+                    told.status_code = 413
+                return told
             except Exception:
                 code = grpc.StatusCode.INTERNAL
                 log.exception("POST /v1/%s failed", name)
@@ -134,7 +137,7 @@ class Http:
         async for chunk in request.stream():
             raw += chunk
             if len(raw) > limit:
-                raise InvalidField("body", f"is over the limit of {limit} bytes")
+                raise TooLarge("body", limit)
         try:
             body = json.loads(raw)
         except ValueError as error:
@@ -191,11 +194,12 @@ class Http:
         if not isinstance(documents, list):
             raise InvalidField("documents", "is not a list")
         texts = [d.get("text") if isinstance(d, dict) else d for d in documents]
-        request = _parsed(
-            {"query": body.get("query", ""), "texts": texts, "top_n": body.get("top_n") or 0},
-            pb.RerankRequest(ranker=str(body.get("ranker", ""))),
-        )
-        with _fields_as_asked("texts", "documents"):
+        ranker = {name: body[name] for name in ("ranker", "model") if body.get(name)}
+        if len(set(map(str, ranker.values()))) > 1:
+            raise InvalidField("model", "is another than ranker: give one of them")
+        asked = {"query": body.get("query", ""), "texts": texts, "top_n": body.get("top_n") or 0}
+        request = _parsed(asked | {"ranker": next(iter(ranker.values()), "")}, pb.RerankRequest())
+        with _fields_as_asked("texts", "documents"), _fields_as_asked("ranker", next(iter(ranker), "model")):
             made = await self._embedding.Rerank(request, call)
         results = []
         for hit in made.hits:
@@ -257,10 +261,13 @@ def _fields_as_asked(field: str, asked: str) -> Iterator[None]:
     """Says an error of the message's field under the name it has in the HTTP request."""
     try:
         yield
-    except InvalidField as error:
+    except (InvalidField, NotFound) as error:
         if not error.field.startswith(field):
             raise
-        raise InvalidField(asked + error.field.removeprefix(field), error.problem) from None
+        where = asked + error.field.removeprefix(field)
+        if isinstance(error, NotFound):
+            raise NotFound(error.kind, error.name, where) from None
+        raise InvalidField(where, error.problem) from None
 
 
 def _filter_text(body: dict[str, Any]) -> dict[str, Any]:

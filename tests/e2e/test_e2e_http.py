@@ -63,7 +63,7 @@ def test_one_text_needs_no_list_and_the_model_may_be_named(web: httpx.Client, cl
 
 def test_rerank_is_that_of_grpc(web: httpx.Client, client: Client) -> None:
     wanted = client.rerank("parse json", TEXTS)
-    answer = post(web, "/v1/rerank", query="parse json", documents=TEXTS)
+    answer = post(web, "/v1/rerank", query="parse json", documents=TEXTS, model="similarity")
     assert [result["index"] for result in answer["results"]] == [hit.index for hit in wanted]
     scores = [result["relevance_score"] for result in answer["results"]]
     assert scores == [hit.score for hit in wanted] == sorted(scores, reverse=True)
@@ -171,12 +171,15 @@ ERRORS: list[tuple[str, Any, int, str, str]] = [
     ("rerank", {"query": "x"}, 400, "INVALID_ARGUMENT", "documents"),
     ("rerank", {"query": "x", "documents": []}, 400, "INVALID_ARGUMENT", "documents"),
     ("rerank", {"query": "", "documents": ["x"]}, 400, "INVALID_ARGUMENT", "query"),
+    ("rerank", {"query": "x", "documents": ["x"], "model": "no-such"}, 404, "NOT_FOUND", "model"),
+    ("rerank", {"query": "x", "documents": ["x"], "ranker": "no-such"}, 404, "NOT_FOUND", "ranker"),
+    ("rerank", {"query": "x", "documents": ["x"], "model": 5}, 400, "INVALID_ARGUMENT", "body"),
     ("search", b"not json", 400, "INVALID_ARGUMENT", "body"),
     ("search", b"[]", 400, "INVALID_ARGUMENT", "body"),
     ("search", b"[" * 100_000, 400, "INVALID_ARGUMENT", "body"),
     ("search", b'{"text": "\\ud800"}', 400, "INVALID_ARGUMENT", "body"),
     ("search", b'{"text": "\xff"}', 400, "INVALID_ARGUMENT", "body"),
-    ("search", b" " * (17 * 1024 * 1024), 400, "INVALID_ARGUMENT", "body"),
+    ("search", b" " * (17 * 1024 * 1024), 413, "INVALID_ARGUMENT", "body"),
     ("nothing", {}, 404, "NOT_FOUND", ""),
 ]
 
