@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-from grpc_health.v1 import health_pb2
-
 from loadtests.callers import Callers
 from loadtests.run import Costed, Run
 from loadtests.scoreboard import Measured
@@ -32,12 +30,6 @@ def _against_empty(run: Run, callers: Callers) -> Measured:
         request_serializer=pb.SearchRequest.SerializeToString,
         response_deserializer=pb.SearchResponse.FromString,
     )
-    check = callers.channel.unary_unary(
-        "/grpc.health.v1.Health/Check",
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
-    nothing = health_pb2.HealthCheckRequest()
     questions = [
         pb.SearchRequest(collection=library.collection, text=text, k=_K)
         for text in library.queries[:_QUESTIONS]
@@ -48,9 +40,6 @@ def _against_empty(run: Run, callers: Callers) -> Measured:
         if answer.served_from != pb.L1:
             raise RuntimeError(f"an answer came from {pb.ServedFrom.Name(answer.served_from)}, not L1")
 
-    async def empty(_: int) -> None:
-        await check(nothing)
-
     async def fill() -> None:
         for question in questions:
             await search(question)
@@ -59,7 +48,7 @@ def _against_empty(run: Run, callers: Callers) -> Measured:
     ours, bare = take_turns(
         run.rounds,
         lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, cached)),
-        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, empty)),
+        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, callers.nothing)),
     )
     detail = {
         "unit": "calls a second",

@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 import uvloop
+from grpc_health.v1 import health_pb2
 
 from loadtests.timing import Load
 from ringfort import AsyncClient
 
 T = TypeVar("T")
+
+_NOTHING = health_pb2.HealthCheckRequest()
 
 
 class Callers:
@@ -40,10 +43,19 @@ class Callers:
         """The same until so many calls have been made."""
         return self.run(_closed_loop(callers, iter(range(count)), None, call))
 
+    async def nothing(self, _: int) -> object:
+        """An empty call of the same server: what no call can cost less than."""
+        return await self._check(_NOTHING)
+
     def __enter__(self) -> "Callers":
         async def connect() -> None:
             self.client = AsyncClient(self._server)
             self.channel = grpc.aio.insecure_channel(self._server)
+            self._check = self.channel.unary_unary(
+                "/grpc.health.v1.Health/Check",
+                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                response_deserializer=health_pb2.HealthCheckResponse.FromString,
+            )
 
         self.run(connect())
         return self

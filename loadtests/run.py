@@ -59,6 +59,11 @@ class Costed:
     service_us: float
     client_us: float
 
+    @property
+    def call_us(self) -> float:
+        """Of both."""
+        return self.service_us + self.client_us
+
     @staticmethod
     def detail(costed: "Sequence[Costed]") -> dict[str, object]:
         """The middle of some rounds."""

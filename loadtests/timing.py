@@ -114,6 +114,22 @@ def in_threads(threads: int, seconds: float, call: Callable[[int], object]) -> L
     return Load(time.perf_counter() - began, [ms for part in parts for ms in part.latencies_ms])
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A load in this process, and its processor time a call, in microseconds."""
+
+    load: Load
+    call_us: float
+
+
+def spent(work: Callable[[], Load]) -> Spent:
+    """A load in this process and what it cost."""
+    loads: list[Load] = []
+    seconds = processor_s(lambda: loads.append(work()))
+    [load] = loads
+    return Spent(load, 1e6 * seconds / load.calls)
+
+
 def processor_s(work: Callable[[], object]) -> float:
     """Processor seconds of this process, all threads, while it does something."""
     began = time.process_time()
