@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,18 @@ import numpy as np
 import pytest
 from memory_log import MemoryLog, collection
 
+from protos.ringfort import v1 as pb
+from services import wire
 from services.deadline import Deadline
 from services.shard.replica import Replica
 from shard_router import filters
-from shard_router.errors import DeadlineExceeded, DimensionMismatch, StorageUnavailable, Unavailable
+from shard_router.errors import (
+    DeadlineExceeded,
+    DimensionMismatch,
+    Overloaded,
+    StorageUnavailable,
+    Unavailable,
+)
 from shard_router.model import AttributeType, Hit, Include, LogDelta, Metric
 
 SCHEMA = {"rank": AttributeType.INT, "name": AttributeType.KEYWORD}
@@ -461,6 +470,79 @@ async def test_many_callers_share_scans_and_each_gets_its_own_answer(
     assert replica.stats()["batches_total"] - before < 30
     whole = await replica.search(queries, 5, filter=None, deadline=soon())
     assert whole.hits == alone
+
+
+async def test_rendered_hits_are_those_of_the_values(open_replica: Open, log: MemoryLog) -> None:
+    log.write(vectors(*(f"d{i}" for i in range(40))), attributes={"d3": {"rank": 7}})
+    replica = await open_replica(memtable_rows=30)
+    await sealed(replica)
+    queries = RNG.standard_normal((3, 3)).astype(np.float32)
+    for exclude in (frozenset[str](), frozenset({"d3", "d5", "nobody"})):
+        options: dict[str, Any] = {"filter": None, "exclude": exclude, "deadline": soon()}
+        values = await replica.search(queries, 35, **options)
+        rendered = await replica.search_rendered(queries, 35, **options)
+        for hits, told in zip(values.hits, rendered.hits, strict=True):
+            message = pb.SearchResponse.FromString(told.body())
+            assert list(message.hits) == [wire.hit_on_wire(hit, SCHEMA) for hit in hits]
+            assert [row.id for row in told.rows] == [hit.id for hit in hits]
+
+
+async def test_a_lone_short_search_does_not_wait_for_a_thread(
+    open_replica: Open, log: MemoryLog, threads: ThreadPoolExecutor
+) -> None:
+    log.write(vectors("a"))
+    replica = await open_replica()
+    for _ in range(50):  # until it is known to be short, on however busy a machine
+        await nearest(replica, [1, 0, 0])
+    freed = threading.Event()
+    busy = [threads.submit(freed.wait, 10) for _ in range(2)]
+    assert [hit.id for hit in await nearest(replica, [1, 0, 0])] == ["a"]
+    assert not any(job.done() for job in busy)
+    freed.set()
+
+
+async def test_more_than_may_wait_is_refused_and_what_waits_is_answered(
+    open_replica: Open, log: MemoryLog, threads: ThreadPoolExecutor
+) -> None:
+    log.write(vectors("a"))
+    replica = await open_replica()
+    freed = threading.Event()
+    busy = [threads.submit(freed.wait, 10) for _ in range(2)]
+    queries = np.ones((5000, 3), np.float32)
+    asked = [asyncio.create_task(replica.search(queries, 1, filter=None, deadline=soon())) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        await asked[1]
+    freed.set()
+    answer = await asked[0]
+    assert [[hit.id for hit in hits] for hits in answer.hits] == [["a"]] * 5000
+    assert all(job.result() for job in busy)
+
+
+async def test_every_search_ends_at_its_own_deadline(
+    open_replica: Open, log: MemoryLog, threads: ThreadPoolExecutor
+) -> None:
+    log.write(vectors("a"))
+    replica = await open_replica()
+    freed = threading.Event()
+    busy = [threads.submit(freed.wait, 10) for _ in range(2)]
+    query = np.ones((1, 3), np.float32)
+    ends: list[str] = []
+
+    async def ask(name: str, seconds: float) -> None:
+        try:
+            await replica.search(query, 1, filter=None, deadline=Deadline.after(seconds))
+        except DeadlineExceeded:
+            ends.append(name)
+
+    asked = [
+        asyncio.create_task(ask(name, s)) for name, s in (("long", 10), ("second", 0.02), ("first", 0.01))
+    ]
+    await until(lambda: len(ends) == 2)
+    assert ends == ["first", "second"]
+    assert not any(job.done() for job in busy)
+    freed.set()
+    await asyncio.gather(*asked)
+    assert ends == ["first", "second"]
 
 
 async def test_callers_who_left_or_are_late_cost_no_search(
