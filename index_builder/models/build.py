@@ -13,7 +13,8 @@ from index_builder.models.engine import ENGINE
 from index_builder.models.export import Float32, encoder
 from index_builder.models.manifest import Agreement, ModelCorrupt, ModelManifest
 from index_builder.models.publication import BUILDING, publish, sole_builder
-from index_builder.models.quantize import Int8PerToken
+from index_builder.models.quantize import int8_encoder
+from index_builder.models.ranges import observe
 from index_builder.models.source import ModelSource, packaged_model
 from index_builder.models.space import variant_id
 from index_builder.models.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from index_builder.models.tokenizer import Tokenizer
 DEFAULT_MODEL = "all-minilm-l6-v2@1"
 PRECISIONS = ("int8", "fp32")
 #: Raise it with every change of the graphs: directories built by an older recipe are rebuilt.
-RECIPE = 1
+RECIPE = 2
 
 #: Told the stage ("read", "build", "check", "write") and the share done, 0 to 1.
 Progress = Callable[[str, float], None]
@@ -134,8 +135,9 @@ def quantized(source: ModelSource, tokenizer: Tokenizer, reference: np.ndarray) 
 
     `reference` are the FP32 vectors of `gate.TEXTS`. ModelInaccurate where neither does.
     """
+    ranges = observe(source, tokenizer)
     for weight_bits in (8, 7):
-        artifact = encoder(source, Int8PerToken(weight_bits))
+        artifact = int8_encoder(source, ranges, weight_bits=weight_bits)
         agreement = gate.agreement(gate.vectors_of(artifact, tokenizer, gate.TEXTS), reference)
         if agreement.p1 >= gate.LOWEST_P1:
             return artifact, agreement

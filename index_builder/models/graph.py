@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-#: LayerNormalization came with 17; ONNX Runtime's own operators carry what the standard lacks.
-STANDARD_OPSET = 17
+#: Attention by lengths came with 24; ONNX Runtime's own operators carry what the standard lacks.
+STANDARD_OPSET, IR_VERSION = 24, 11
 MICROSOFT = "com.microsoft"
 
 
@@ -18,6 +18,7 @@ class GraphWriter:
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
+        self._exposed: list[str] = []
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """`value` as part of the model; the same name again means the same value."""
@@ -35,6 +36,10 @@ class GraphWriter:
         """Give a result the name that callers of the model know it by."""
         self._nodes.append(helper.make_node("Identity", [output], [name]))
 
+    def expose(self, *results: str) -> None:
+        """Let float results be asked for by their own names."""
+        self._exposed += results
+
     def serialize(
         self, inputs: dict[str, Sequence[str | int]], outputs: dict[str, Sequence[str | int]]
     ) -> bytes:
@@ -43,10 +48,13 @@ class GraphWriter:
             self._nodes,
             "encoder",
             [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in inputs.items()],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()]
+            + [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self._exposed],
             list(self._constants.values()),
         )
         opsets = [helper.make_opsetid("", STANDARD_OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, producer_name="ringfort", opset_imports=opsets, ir_version=9)
+        model = helper.make_model(
+            graph, producer_name="ringfort", opset_imports=opsets, ir_version=IR_VERSION
+        )
         data: bytes = model.SerializeToString(deterministic=True)
         return data

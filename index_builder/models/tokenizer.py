@@ -49,6 +49,13 @@ class Tokenizer:
         size: int = self._tokenizer.get_vocab_size()
         return size
 
+    def words(self) -> list[str]:
+        """The vocabulary in the order of its ids, parts of words as if they were whole, without marks."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        by_id = sorted(vocabulary, key=vocabulary.__getitem__)
+        words = (word.removeprefix("##") for word in by_id if not word.startswith("["))
+        return [word for word in words if word]
+
     def _head(self, text: str) -> str:
         """A text up to a space far beyond what a model reads; words split there, so tokens begin the same."""
         if len(text) <= self._head_chars:
