@@ -73,8 +73,11 @@ class CacheTier:
             self._l1_hits += 1
         return value
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[Found | None]:
-        """What the tiers hold, in the order of the keys; a value found in Redis is in L1 from then on."""
+    async def get_many(self, keys: Sequence[bytes], *, far: bool = True) -> list[Found | None]:
+        """What the tiers hold, in the order of the keys; a value found in Redis is in L1 from then on.
+
+        Without `far` Redis is not asked, and the call does not wait.
+        """
         found: list[Found | None] = []
         missing: list[bytes] = []
         for key in keys:
@@ -86,7 +89,7 @@ class CacheTier:
                 found.append(Found(value, "L1"))
         self._l1_hits += len(keys) - len(missing)
         self._l1_misses += len(missing)
-        if not missing or not self._redis:
+        if not missing or not far or not self._redis:
             return found
         values = await self._redis.reads.fetch(missing)
         if values:

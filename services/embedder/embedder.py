@@ -151,12 +151,11 @@ class Embedder:
             self._calls[number] = call
             self._waiting.add(number, text_bytes, deadline_s=call.came_s + left_s)
             self._changed.notify()
+        timer = call.future.get_loop().call_later(left_s, _expire, call.future, "embedding")
         try:
-            async with asyncio.timeout(left_s):
-                await call.future
-        except TimeoutError:
-            raise DeadlineExceeded("embedding") from None
+            await call.future
         finally:
+            timer.cancel()
             if call.left:
                 with self._changed:
                     if self._calls.pop(number, None) is not None:
@@ -299,6 +298,12 @@ def _size(index: int, text: str) -> int:
         return len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
         raise InvalidField(f"texts[{index}]", f"not Unicode text ({error.reason})") from None
+
+
+def _expire(future: asyncio.Future[None], stage: str) -> None:
+    """End a wait whose time is up."""
+    if not future.done():
+        future.set_exception(DeadlineExceeded(stage))
 
 
 def _settle(futures: Sequence[asyncio.Future[None]], error: RingfortError | None) -> None:

@@ -5,7 +5,7 @@ entry is never stale.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,14 @@ import numpy as np
 from services.cache import keys
 from services.cache.envelope import EmbeddingEntry
 from services.cache.tier import CacheTier
+from services.cache.worth import Worth
 from services.deadline import Deadline
 from services.embedder.embedder import Embedded, Embedder, InputType
 from shard_router.errors import InvalidField, NotFound, PreconditionFailed, SpaceMismatch
 from shard_router.model import Collection
+
+#: A look into Redis costs a tenth of embedding a short text; for this many texts at once, next to nothing.
+LEAST_FOUND, MANY_TEXTS = 0.1, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Embeddings:
         self._cache = cache
         self._ttl_s = ttl_s
         self._max_text_bytes = max_text_bytes
+        self._redis = Worth(LEAST_FOUND)
 
     @property
     def model(self) -> str:
@@ -84,40 +89,70 @@ class Embeddings:
         if not use_cache:
             return self._fresh(await self.embedder.embed(texts, input_type, deadline))
         began = time.perf_counter()
-        names = [
-            keys.embedding_key(self.manifest.variant, input_type.value, self.manifest.dim, True, text)
-            for text in texts
-        ]
-        n, dim = len(texts), self.manifest.dim
-        out = Vectors(
-            np.empty((n, dim), np.float32), np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool)
-        )
-        missing: dict[bytes, list[int]] = {}
-        for i, found in enumerate(await self._cache.get_many(names)):
-            entry = None if found is None else EmbeddingEntry.decode(found.value)
-            if entry is None or len(entry.array()) != dim:
-                missing.setdefault(names[i], []).append(i)
-                continue
-            out.vectors[i] = entry.array()
-            out.tokens[i], out.truncated[i], out.cached[i] = entry.tokens, entry.truncated, True
+        variant, dim = self.manifest.variant, self.manifest.dim
+        names = [keys.embedding_key(variant, input_type.value, dim, True, text) for text in texts]
+        known = await self._look_up(names)
         cache_ms = (time.perf_counter() - began) * 1e3
+        missing: dict[bytes, list[int]] = {}
+        for i, name in enumerate(names):
+            if name not in known:
+                missing.setdefault(name, []).append(i)
         if not missing:
-            return Vectors(out.vectors, out.tokens, out.truncated, out.cached, cache_ms=cache_ms)
-        made = await self.embedder.embed([texts[rows[0]] for rows in missing.values()], input_type, deadline)
-        items = []
-        for j, (name, rows) in enumerate(missing.items()):
-            out.vectors[rows] = made.vectors[j]
-            out.tokens[rows], out.truncated[rows] = made.tokens[j], made.truncated[j]
-            entry = EmbeddingEntry.of(made.vectors[j], int(made.tokens[j]), bool(made.truncated[j]))
-            items.append((name, entry.encode()))
-        self._cache.put_many(items, ttl_s=self._ttl_s)
-        return Vectors(
-            out.vectors, out.tokens, out.truncated, out.cached,
-            made.queue_ms, made.tokenize_ms, made.inference_ms, cache_ms,
-        )  # fmt: skip
+            return self._merged(names, known, cache_ms)
+        if len(missing) == len(names):
+            made = await self.embedder.embed(texts, input_type, deadline)
+            self._keep(names, made)
+            return self._fresh(made, cache_ms)
+        wanted = [texts[rows[0]] for rows in missing.values()]
+        made = await self.embedder.embed(wanted, input_type, deadline)
+        self._keep(list(missing), made)
+        return self._merged(names, known, cache_ms, list(missing.values()), made)
+
+    async def _look_up(self, names: Sequence[bytes]) -> dict[bytes, EmbeddingEntry]:
+        """What the cache knows, by name; Redis is asked where that is likely to pay."""
+        far = len(names) >= MANY_TEXTS or self._redis.pays()
+        known: dict[bytes, EmbeddingEntry] = {}
+        near = 0
+        for name, found in zip(names, await self._cache.get_many(names, far=far), strict=True):
+            if found is not None:
+                entry = EmbeddingEntry.decode(found.value)
+                near += found.tier == "L1"
+                if entry is not None and len(entry.vector) == 4 * self.manifest.dim:
+                    known[name] = entry
+        if far:
+            self._redis.count(looked=len(names) - near, found=max(0, len(known) - near))
+        return known
+
+    def _keep(self, names: Sequence[bytes], made: Embedded) -> None:
+        rows = zip(names, made.vectors, made.tokens.tolist(), made.truncated.tolist(), strict=True)
+        entries = [(name, EmbeddingEntry.of(vector, t, cut).encode()) for name, vector, t, cut in rows]
+        self._cache.put_many(entries, ttl_s=self._ttl_s)
+
+    def _merged(
+        self,
+        names: Sequence[bytes],
+        known: Mapping[bytes, EmbeddingEntry],
+        cache_ms: float,
+        missing: Sequence[Sequence[int]] = (),
+        made: Embedded | None = None,
+    ) -> Vectors:
+        """Known rows, and `made` where they were missing: row j of it stands at all of `missing[j]`."""
+        n = len(names)
+        vectors = np.empty((n, self.manifest.dim), np.float32)
+        tokens, truncated, cached = np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, bool)
+        for i, name in enumerate(names):
+            if (entry := known.get(name)) is not None:
+                vectors[i] = entry.array()
+                tokens[i], truncated[i], cached[i] = entry.tokens, entry.truncated, True
+        if made is None:
+            return Vectors(vectors, tokens, truncated, cached, cache_ms=cache_ms)
+        for j, rows in enumerate(missing):
+            vectors[rows], tokens[rows], truncated[rows] = made.vectors[j], made.tokens[j], made.truncated[j]
+        times = (made.queue_ms, made.tokenize_ms, made.inference_ms)
+        return Vectors(vectors, tokens, truncated, cached, *times, cache_ms)
 
     @staticmethod
-    def _fresh(made: Embedded) -> Vectors:
+    def _fresh(made: Embedded, cache_ms: float = 0.0) -> Vectors:
         none = np.zeros(len(made.tokens), bool)
         times = (made.queue_ms, made.tokenize_ms, made.inference_ms)
-        return Vectors(made.vectors, made.tokens, made.truncated, none, *times)
+        return Vectors(made.vectors, made.tokens, made.truncated, none, *times, cache_ms)
