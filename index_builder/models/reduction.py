@@ -93,12 +93,16 @@ def reduced(graph: bytes, reduction: Reduction, axes: np.ndarray | None = None) 
 
 def _rounded(model: onnx.ModelProto, whole: str) -> list[onnx.NodeProto]:
     """Nodes that leave each vector the codes -127 to 127 of a step of its own."""
-    levels = {"level": np.array(1 / 127, np.float32), "tiny": np.array(1e-30, np.float32)}
-    _append(model, {f"{VECTORS}.{name}": value for name, value in levels.items()})
+    constants: dict[str, np.ndarray] = {
+        "level": np.array(1 / 127, np.float32),
+        "tiny": np.array(1e-30, np.float32),
+        "last": np.array([-1], np.int64),
+    }
+    _append(model, {f"{VECTORS}.{name}": value for name, value in constants.items()})
     step = f"{VECTORS}.step"
     return [
         helper.make_node("Abs", [whole], [f"{VECTORS}.size"]),
-        helper.make_node("ReduceMax", [f"{VECTORS}.size"], [f"{VECTORS}.peak"], axes=[-1], keepdims=1),
+        helper.make_node("ReduceMax", [f"{VECTORS}.size", f"{VECTORS}.last"], [f"{VECTORS}.peak"]),
         helper.make_node("Mul", [f"{VECTORS}.peak", f"{VECTORS}.level"], [f"{VECTORS}.step.least"]),
         helper.make_node("Max", [f"{VECTORS}.step.least", f"{VECTORS}.tiny"], [step]),
         helper.make_node("Div", [whole, step], [f"{VECTORS}.steps"]),

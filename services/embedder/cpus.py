@@ -27,9 +27,9 @@ def _directories(cgroups: Path, own_groups: Path) -> Iterator[tuple[Path, tuple[
     groups = {PurePosixPath("/")}
     try:
         for line in own_groups.read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
+            _, controllers, path = line.split(":", 2)
             if not controllers or "cpu" in controllers.split(","):
-                groups.update({PurePosixPath(group), *PurePosixPath(group).parents})
+                groups.update({PurePosixPath(path), *PurePosixPath(path).parents})
     except (OSError, ValueError):
         pass  # not Linux, or no /proc: what is mounted at the root still counts
     for mounts, files in zip(MOUNTS, QUOTAS, strict=True):
