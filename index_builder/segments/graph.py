@@ -100,9 +100,7 @@ class GraphIndex:
         else:
             in_hand *= allowed.share**_NARROWING
             codes_cost = allowed.count / _PICKED_CODES + self.shape[0] / _BITS
-            # The selector reads the bytes it was given, so they live until the search is over.
-            bitmap = allowed.bitmap(self._swap)
-            selector = _Selector(bitmap)
+            selector = _Selector(allowed.bitmap(self._swap))
         if in_hand < codes_cost:
             parameters = _GraphParameters(efSearch=max(int(in_hand), count), sel=selector)
             _, places = self._index.search(queries, count, params=parameters)

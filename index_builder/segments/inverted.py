@@ -94,17 +94,18 @@ class InvertedIndex:
 
         queries: float32 [q, dim], prepared; allowed: None for all; knob: as on the ladder.
         """
+        _, rows = self.faiss_index.search(queries, count, params=self.parameters(count, allowed, knob))
+        found: np.ndarray = rows
+        return found
+
+    def parameters(self, count: int, allowed: RowSet | None, knob: float) -> Any:
+        """FAISS's parameters of such a search; they keep what they read."""
         knob *= max(1, count / self.pool(ASKED_K, knob)) ** _WIDENING
         selector: Any = None
         if allowed is not None:
             knob *= allowed.share**_NARROWING
-            # The selector reads the bytes it was given, so they live until the search is over.
-            bitmap = allowed.bitmap()
-            selector = _Selector(bitmap)
-        parameters = _Parameters(nprobe=min(math.ceil(knob), self.lists), sel=selector)
-        _, rows = self.faiss_index.search(queries, count, params=parameters)
-        found: np.ndarray = rows
-        return found
+            selector = _Selector(allowed.bitmap())
+        return _Parameters(nprobe=min(math.ceil(knob), self.lists), sel=selector)
 
 
 def _parts(dim: int) -> int:

@@ -27,6 +27,8 @@ from shard_router.errors import SegmentCorrupt
 from shard_router.model import AttributeType, Schema
 
 _NICE = 15
+#: A graph is built by so many; more would only be in the way of searches.
+_BUILD_THREADS = 2
 #: Vectors copied at once.
 _BLOCK_ROWS = 4096
 
@@ -126,7 +128,7 @@ async def merge_in_child(
             await child.wait()
     if not await asyncio.to_thread(directory.exists):
         return None
-    return await asyncio.to_thread(Segment.open, directory, schema, False)
+    return await asyncio.to_thread(Segment.open, directory, schema, False, device=device)
 
 
 def _raise(told: bytes, words: bytes, code: int | None) -> NoReturn:
@@ -146,7 +148,7 @@ def _main() -> None:
     if hasattr(psutil, "IOPRIO_CLASS_IDLE"):
         with suppress(OSError, psutil.Error):
             psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(min(_BUILD_THREADS, len(os.sched_getaffinity(0))))
     given = sys.stdin.buffer
     job = msgspec.msgpack.decode(given.read(int.from_bytes(given.read(8), "little")), type=_Job)
 

@@ -149,11 +149,18 @@ class Segment:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-        return cls.open(directory, schema, verify=False)
+        return cls.open(directory, schema, verify=False, device=device)
 
     @classmethod
-    def open(cls, directory: Path, schema: Schema, verify: bool, vectors_too: bool = True) -> "Segment":
-        """Map a segment.
+    def open(
+        cls,
+        directory: Path,
+        schema: Schema,
+        verify: bool,
+        vectors_too: bool = True,
+        device: str = devices.CPU,
+    ) -> "Segment":
+        """Map a segment, to be searched on a device: `cpu`, or a `cuda:N` that there is.
 
         With `verify`, every byte is read and compared with its checksum first; without `vectors_too`
         those of the vectors, the most of it, are left to `verify`: damage there can misjudge a document,
@@ -184,7 +191,10 @@ class Segment:
                 if index.shape != (header.rows, header.dim):
                     raise SegmentCorrupt(str(directory), f"the index is of {index.shape}")
             contents = Contents(arrays, schema, header.rows)
-            return cls(directory, header, contents, _map(directory / _VECTORS), index)
+            made = cls(directory, header, contents, _map(directory / _VECTORS), index)
+            if index is not None:
+                made._index = devices.on(device, index, made.vectors, header.metric)
+            return made
         except (OSError, ValueError, KeyError, RuntimeError, msgspec.MsgspecError) as error:
             raise SegmentCorrupt(str(directory), str(error)) from error
 

@@ -174,6 +174,7 @@ class FileWork:
                 collection.metric,
                 collection.schema,
                 covers=(memtable.after, memtable.upto),
+                device=self._policy.device,
             )
 
         await self._swap({number: rows}, await self._in_thread(write), IndexKind.FLAT)

@@ -110,7 +110,7 @@ class Replica:
         log. What `tail` raises while the log is first read, `open` raises.
         """
         policy = Policy(collection.index, collection.dim, devices.resolve(device), graph_rows)
-        shelf = Shelf(directory, collection, log_id)
+        shelf = Shelf(directory, collection, log_id, policy.device)
         recovered = await asyncio.to_thread(shelf.recover)
         layout = _restored(collection, recovered, memtable_rows)
         replica = cls(

@@ -48,8 +48,8 @@ class Recovered:
 class Shelf:
     """Reads and writes the directory; its methods block, and one thread at a time calls them."""
 
-    def __init__(self, directory: Path, collection: Collection, log_id: str) -> None:
-        self.directory, self._collection, self._log_id = directory, collection, log_id
+    def __init__(self, directory: Path, collection: Collection, log_id: str, device: str) -> None:
+        self.directory, self._collection, self._log_id, self._device = directory, collection, log_id, device
         self._generation = 0
         self._last_segment = 0
         #: Segments found damaged.
@@ -134,7 +134,9 @@ class Shelf:
         path = self.directory / entry.name
         expected = (entry.rows, self._collection.dim, self._collection.metric)
         try:
-            segment = Segment.open(path, self._collection.schema, verify=True, vectors_too=False)
+            segment = Segment.open(
+                path, self._collection.schema, verify=True, vectors_too=False, device=self._device
+            )
             if (segment.rows, segment.dim, segment.metric) != expected:
                 raise SegmentCorrupt(str(path), f"is not of {expected}")
             return segment
