@@ -34,6 +34,7 @@ def some_vectors(n: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("kind", list(IndexKind))
 @pytest.mark.parametrize("device", [devices.CPU, GPU])
 def test_a_search_finds_what_it_should_on_every_device(tmp_path: Path, device: str, kind: IndexKind) -> None:
+    faiss.omp_set_num_threads(1)
     rows = [LogRow(f"d{i}", 0, Version(1, i + 1), False, None, {}) for i in range(ROWS)]
     vectors, queries = some_vectors(ROWS), some_vectors(40, seed=1)
     segment = Segment.write(
