@@ -3,11 +3,11 @@
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import fsspec
 import numpy as np
 
-from index_builder.models.engine import Engine, EngineUnavailable
+from index_builder.models.engine import ENGINE, Engine, EngineUnavailable
 from index_builder.models.manifest import (
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -17,6 +17,7 @@ from index_builder.models.manifest import (
 )
 from index_builder.models.publication import BUILDING, publish, sole_builder
 from index_builder.models.source import TABLE_PADDING_ROWS
+from index_builder.models.space import variant_id
 from index_builder.models.tokenizer import Tokenizer
 
 #: A manifest is read as a whole, so it is not read beyond this.
@@ -66,8 +67,11 @@ def fetch(url: str, models: Path) -> ModelManifest:
     return ModelManifest.load(target)
 
 
-def _manifest(url: str) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
+def _manifest(url: str) -> tuple[Any, str, bytes]:
     """The file system of an address, its path there, and the bytes of its manifest."""
+    # A service that fetches nothing need not wait for it.
+    import fsspec
+
     try:
         files, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -80,7 +84,7 @@ def _manifest(url: str) -> tuple[fsspec.AbstractFileSystem, str, bytes]:
     return files, root, data
 
 
-def _copy(files: fsspec.AbstractFileSystem, path: str, target: Path) -> str:
+def _copy(files: Any, path: str, target: Path) -> str:
     """Copy a file a piece at a time; its SHA-256."""
     digest = hashlib.sha256()
     with files.open(path, "rb") as source, target.open("wb") as copy:
@@ -92,6 +96,16 @@ def _copy(files: fsspec.AbstractFileSystem, path: str, target: Path) -> str:
 
 def _try(manifest: ModelManifest, url: str) -> None:
     """Load the model and run it once; ArtifactRefused where it is not what its manifest says."""
+    variant = variant_id(
+        space=manifest.space,
+        precision=manifest.precision,
+        engine=ENGINE,
+        artifact_sha256=manifest.files[GRAPH_FILE],
+    )
+    if manifest.variant != variant:
+        raise ArtifactRefused(
+            f"{url}/{MANIFEST_FILE}: variant is {manifest.variant}; space, precision and graph make {variant}"
+        )
     try:
         engine = Engine.load(manifest.directory / GRAPH_FILE, threads=1)
     except EngineUnavailable as error:

@@ -33,8 +33,10 @@ class ModelService:
         self._models = models
         self._versions = versions
         self._directory = directory
-        #: Registrations and promotions happen one at a time.
+        #: Changes of the registry happen one at a time; fetching, which takes long, goes on beside them.
         self._changing = asyncio.Lock()
+        #: NAME@VERSION of what is being fetched.
+        self._registering: set[str] = set()
 
     async def open(self) -> None:
         """Learn what is registered."""
@@ -47,22 +49,29 @@ class ModelService:
         if request.kind != pb.Model.EMBEDDING:
             raise InvalidField("kind", f"{request.kind} is not a kind of model")
         artifact = _artifact(request.artifact)
-        async with self._changing:
+        try:
+            manifest = await asyncio.to_thread(peek, artifact)
+            _check_names(request, manifest)
+            model = manifest.model
+            if self._known(model):
+                raise AlreadyExists("model", model)
+            if model in self._registering:
+                raise PreconditionFailed(f"model {model} is being registered already")
+            self._registering.add(model)
             try:
-                manifest = await asyncio.to_thread(peek, artifact)
-                _check_names(request, manifest)
-                if self._known(manifest.model):
-                    raise AlreadyExists("model", manifest.model)
                 manifest = await asyncio.to_thread(fetch, artifact, self._directory)
-            except (ArtifactRefused, OSError) as error:
-                raise InvalidField("artifact", str(error)) from error
+            finally:
+                self._registering.discard(model)
+        except (ArtifactRefused, OSError) as error:
+            raise InvalidField("artifact", str(error)) from error
+        async with self._changing:
             await self._versions.register(
                 name=manifest.name,
                 version=manifest.version,
                 artifact=artifact,
                 manifest=manifest.encode().decode(),
             )
-            return await self._now(manifest.model)
+            return await self._now(model)
 
     async def List(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         default, registered = self._models.default, self._models.registered()

@@ -102,7 +102,12 @@ class Models:
             if seen is not None:
                 known[model] = replace(seen, version=version)
                 continue
-            facts = ModelManifest.of(version.manifest.encode(), self._directory)
+            try:
+                facts = ModelManifest.of(version.manifest.encode(), self._directory)
+            except ModelCorrupt as error:
+                # As a newer release may have written it; the other models can do without.
+                log.error("model cannot be used model=%s: %s", model, error)
+                continue
             known[model] = Registered(version, _placed(facts, self._directory))
         self._registered = known
 

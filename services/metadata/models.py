@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.metadata.database import Connection, Database
+from services.metadata.ownership import REGAIN_WAIT_S, Ownership
 from services.metadata.statements import bare_statement
 from shard_router.errors import AlreadyExists, NotFound, PreconditionFailed
 
@@ -30,13 +31,14 @@ class ModelVersion:
 
 
 class ModelVersions:
-    """The registry of models; one change of a name at a time.
+    """The registry of models; one change of a name at a time, and by the one service that may.
 
     Every method raises StorageUnavailable, DeadlineExceeded, Overloaded.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ownership: Ownership) -> None:
         self._database = database
+        self._ownership = ownership
 
     async def all(self) -> list[ModelVersion]:
         """Every version, by name and version."""
@@ -50,6 +52,7 @@ class ModelVersions:
     async def register(self, *, name: str, version: str, artifact: str, manifest: str) -> ModelVersion:
         """A new version, staged; AlreadyExists."""
         values = {"name": name, "version": version, "artifact": artifact, "manifest": manifest}
+        await self._ownership.require(REGAIN_WAIT_S)
         async with self._database.connection() as connection:
             cursor = await connection.execute(bare_statement("register_model"), values)
             row = await cursor.fetchone()
@@ -59,6 +62,7 @@ class ModelVersions:
 
     async def promote(self, name: str, version: str) -> None:
         """Make a version the live one of its name; what was live is retired. NotFound."""
+        await self._ownership.require(REGAIN_WAIT_S)
         async with self._database.connection() as connection, connection.transaction():
             states = {v: state for v, state, _ in await _locked(connection, name)}
             if version not in states:
@@ -73,6 +77,7 @@ class ModelVersions:
         Where nothing was before it, none is live with `to_none`; otherwise, and where none is live,
         PreconditionFailed. NotFound for a name without versions.
         """
+        await self._ownership.require(REGAIN_WAIT_S)
         async with self._database.connection() as connection, connection.transaction():
             rows = await _locked(connection, name)
             if not rows:

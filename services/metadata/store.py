@@ -44,7 +44,7 @@ class Store:
         self._documents = Documents(database, ownership)
         self._log = Log(database, ownership, writers=writers)
         #: Versions of models.
-        self.models = ModelVersions(database)
+        self.models = ModelVersions(database, ownership)
 
     @classmethod
     async def open(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from refusal import refused
 from rpc import Rpc
-from up import Up
+from up import Up, lend_model
 
+from index_builder.models.space import variant_id
 from protos.ringfort import v1 as pb
 from ringfort import Client
-from ringfort.errors import FailedPrecondition
+from ringfort.errors import FailedPrecondition, RingfortError
 
 DEFAULT = "all-minilm-l6-v2@1"
 Artifact = Callable[..., Path]
@@ -43,9 +45,16 @@ def artifact(model_dir: Path, tmp_path: Path, name: str) -> Artifact:
 
 
 def said(directory: Path, **facts: object) -> None:
-    """Say something else in a manifest."""
+    """Say something else in a manifest, whose variant follows from its space."""
     path = directory / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    told = {**json.loads(path.read_text()), **facts}
+    told["variant"] = variant_id(
+        space=told["space"],
+        precision=told["precision"],
+        engine="onnx",
+        artifact_sha256=told["files"]["model.onnx"],
+    )
+    path.write_text(json.dumps(told))
 
 
 def register(rpc: Rpc, directory: Path) -> pb.Model:
@@ -74,7 +83,7 @@ def test_the_default_model_is_live_and_named(rpc: Rpc) -> None:
 def test_a_registered_model_answers_by_version_and_once_live_by_name(
     rpc: Rpc, artifact: Artifact, name: str
 ) -> None:
-    made = register(rpc, artifact(prompts={"query": "a question about "}, variant=uuid4().hex[:16]))
+    made = register(rpc, artifact(prompts={"query": "a question about "}, space=uuid4().hex[:16]))
     assert (made.name, made.version, made.state, made.dim) == (name, "1", pb.Model.STAGED, 384)
     assert made.registered_at.seconds > 0
     assert np.array_equal(
@@ -109,9 +118,8 @@ def test_a_collection_stays_with_its_version(
     for version, prompt in (("1", "red "), ("2", "green ")):
         register(
             rpc,
-            artifact(version, space=sha256(prompt.encode()).hexdigest()[:16], variant=uuid4().hex[:16],
-                     prompts={"query": prompt, "document": prompt}),
-        )  # fmt: skip
+            artifact(version, space=uuid4().hex[:16], prompts={"query": prompt, "document": prompt}),
+        )
         rpc.model.Promote(pb.PromoteModelRequest(name=name, version=version))
     first = make_collection(model=f"{name}@1")
     second = make_collection(model=name)
@@ -237,17 +245,22 @@ def test_the_command_line_registers_promotes_and_lists(
     assert main(["models", "promote", name, "--server", service.grpc]) == 2
 
 
-@pytest.fixture
-def own_service(tmp_path: Path, model_dir: Path) -> Iterator[Callable[[], Up]]:
-    """Starts and starts again a service with room for one model beside the default."""
-    from up import lend_model
+def eventually(ask: Callable[[], object], within_s: float = 30) -> None:
+    """Ask until the answer is yes; AssertionError where it never is."""
+    until_s = time.monotonic() + within_s
+    while not ask():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
 
-    data_dir = tmp_path / "data"
-    lend_model(model_dir, data_dir)
+
+@pytest.fixture
+def own_service(data_path: Path, model_dir: Path) -> Iterator[Callable[[], Up]]:
+    """Starts and starts again a service with room for one model beside the default."""
+    lend_model(model_dir, data_path)
     started: list[Up] = []
 
     def start() -> Up:
-        started.append(Up.start(data_dir, env={"RINGFORT_EMBEDDER__MODELS_BYTES": "40000000"}))
+        started.append(Up.start(data_path, env={"RINGFORT_EMBEDDER__MODELS_BYTES": "40000000"}))
         return started[-1]
 
     yield start
@@ -262,21 +275,34 @@ def test_models_outlive_a_crash_and_are_fetched_again(
     up = own_service()
     with Client(up.grpc) as client:
         for version in ("1", "2"):
-            client.register_model(str(artifact(version, variant=uuid4().hex[:16])))
+            client.register_model(str(artifact(version, space=uuid4().hex[:16])))
         client.promote_model(name, "1")
         before = client.embed(["apple"], model=name)
         # There is room for one of the two at a time.
         assert np.array_equal(client.embed(["apple"], model=f"{name}@2"), before)
         assert np.array_equal(client.embed(["stone"], model=name), client.embed(["stone"]))
-    up.kill()
+    # A graph that does not come to an end keeps the third registration waiting until the service is killed.
+    third = artifact("3", space=uuid4().hex[:16])
+    (third / "model.onnx").rename(third / "kept")
+    os.mkfifo(third / "model.onnx")
+    with ThreadPoolExecutor(1) as pool, Client(up.grpc) as client:
+        waiting = pool.submit(client.register_model, str(third))
+        eventually(lambda: list(up.data_dir.glob(f"models/{name}@3/.building-*")))
+        up.kill()
+        with pytest.raises(RingfortError):
+            waiting.result(60)
     shutil.rmtree(up.data_dir / "models" / f"{name}@1")
-    half_done = up.data_dir / "models" / f"{name}@2" / ".building-killed"
-    half_done.mkdir()
     up = own_service()
     with Client(up.grpc) as client:
+        listed = {f"{m.name}@{m.version}" for m in client.models().models}
+        assert listed == {DEFAULT, f"{name}@1", f"{name}@2"}
+        assert not list(up.data_dir.glob(f"models/{name}@3/int8"))
+        (third / "kept").replace(third / "model.onnx")
+        assert client.register_model(str(third)).version == "3"
+        assert not list(up.data_dir.glob("models/*/.building-*"))
         assert np.array_equal(client.embed(["apple"], model=name), before)
         shutil.rmtree(up.data_dir / "models" / f"{name}@2" / "int8")
-        shutil.rmtree(artifact("3").with_name(f"{name}-2"))
+        shutil.rmtree(third.with_name(f"{name}-2"))
         with pytest.raises(Exception, match=f"no embedder of {name}@2"):
             client.embed(["apple"], model=f"{name}@2")
         with pytest.raises(FailedPrecondition):

@@ -16,6 +16,7 @@ from index_builder.models import gate
 from index_builder.models.artifact import ArtifactRefused, fetch, peek
 from index_builder.models.build import ensure_model
 from index_builder.models.manifest import ModelManifest
+from index_builder.models.space import variant_id
 
 Damage = Callable[[Path], None]
 
@@ -28,9 +29,17 @@ def built(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def change(directory: Path, **facts: object) -> None:
-    """Say something else in the manifest."""
+    """Say something else in the manifest, whose variant follows from its graph."""
     path = directory / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    told = {**json.loads(path.read_text()), **facts}
+    if "model.onnx" in told["files"] and "variant" not in facts:
+        told["variant"] = variant_id(
+            space=told["space"],
+            precision=told["precision"],
+            engine="onnx",
+            artifact_sha256=told["files"]["model.onnx"],
+        )
+    path.write_text(json.dumps(told))
 
 
 def put(directory: Path, name: str, data: bytes) -> None:
@@ -103,6 +112,10 @@ REFUSALS: dict[str, tuple[Damage, str]] = {
     ),
     "no ONNX": (lambda d: put(d, "model.onnx", b"no graph"), r"model\.onnx: .*Protobuf parsing failed"),
     "no tokenizer": (lambda d: put(d, "tokenizer.json", b"{}"), r"tokenizer\.json: not a tokenizer"),
+    "another variant": (
+        lambda d: change(d, variant="0" * 16),
+        r"manifest\.json: variant is 0{16}; space, precision and graph make",
+    ),
     "a larger vocabulary": (
         lambda d: _more_tokens(d, 9),
         r"tokenizer\.json: a vocabulary of 43 tokens, and the model has embeddings of fewer",
