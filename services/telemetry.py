@@ -127,6 +127,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(event, ensure_ascii=False)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """All but gRPC's complaint that it could not send to a caller who has gone."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
+
+
 def log_to(directory: Path, *, max_bytes: int = 10 * 1024 * 1024, files: int = 5) -> None:
     """Log to `directory/ringfort.log`, rotated by size; warnings also go to stderr."""
     file = logging.handlers.RotatingFileHandler(
@@ -139,3 +144,4 @@ def log_to(directory: Path, *, max_bytes: int = 10 * 1024 * 1024, files: int = 5
     logging.basicConfig(level=logging.INFO, handlers=[file, console], force=True)
     # The driver says every reconnect attempt; the store's own words are enough.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
