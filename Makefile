@@ -63,8 +63,15 @@ check: setup-dev  ## style, types, imports, and the contract
 		{ echo "$$(basename $$f) is not what the .proto says: make protos" >&2; exit 1; }; done
 	$(BIN)/buf breaking --against protos/released.binpb
 
-bench: setup-dev  ## the ratios this release claims, against ceilings of the same run
+bench: setup-dev $(if $(RIVALS),.venv-bench/.ready)  ## the ratios claimed, against ceilings of the same run
 	$(BIN)/python -m loadtests.bench $(if $(ONLY),--only $(ONLY))
+
+.venv-bench/.ready: constraints-bench.txt
+	@echo "installing other engines into .venv-bench (first time only)"
+	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-bench.txt \
+		torch sentence-transformers transformers ctranslate2 openvino onnxruntime onnx numpy
+	@touch $@
 
 fmt: setup-dev
 	$(BIN)/ruff check --fix .
@@ -74,4 +81,4 @@ protos: setup-dev  ## regenerate the committed stubs
 	$(call PROTOC,.)
 
 clean:
-	rm -rf build dist $(VENV) .venv-models ringfort-data
+	rm -rf build dist $(VENV) .venv-models .venv-bench ringfort-data

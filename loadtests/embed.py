@@ -8,10 +8,13 @@ from itertools import islice
 
 import numpy as np
 
+from index_builder.models.source import ModelSource, packaged_model
 from index_builder.models.tokenizer import padded
+from loadtests import embed_rivals
 from loadtests.callers import Callers
 from loadtests.corpus import new_texts
-from loadtests.engine import Batch, Engine, by_length, in_order
+from loadtests.engine import BATCH_TOKENS, Batch, Engine, by_length, in_order
+from loadtests.gemm import int8_products, operations_per_token
 from loadtests.run import Run
 from loadtests.scoreboard import Measured
 from loadtests.timing import alone, excess, median, processor_s, ratio, repeat, take_turns
@@ -29,7 +32,12 @@ def measure(run: Run) -> Iterator[Measured]:
     """The rows of this family."""
     stream = _token_stream(run)
     yield from _against_fp32(run, stream)
+    yield _gemm_share(run, stream)
     yield _length_aware(run, stream)
+    yield from embed_rivals.measure(run, {
+        "query": [_text_of(stream, i, _QUERY_TOKENS) for i in range(run.sized(8, 1) * _BATCH_ROWS)],
+        "passage": [_text_of(stream, i, _PASSAGE_TOKENS) for i in range(run.sized(2, 1) * _BATCH_ROWS)],
+    })  # fmt: skip
     texts = new_texts(run.packages)
     yield _rpc_us_per_text(run, texts)
     yield _added_ms(run, texts)
@@ -60,6 +68,22 @@ def _processor_s(engine: Engine, work: Sequence[Batch]) -> float:
     return engine.run(work).processor_s
 
 
+def _gemm_share(run: Run, stream: np.ndarray) -> Measured:
+    engine = Engine(run.manifest(), threads=1)
+    texts = run.sized(48, 6)
+    work = by_length([_text_of(stream, i, _PASSAGE_TOKENS) for i in range(texts)])
+    operations = texts * _PASSAGE_TOKENS * operations_per_token(ModelSource.open(packaged_model()))
+    ours, host = take_turns(
+        run.rounds, lambda: operations / engine.run(work).processor_s, int8_products(BATCH_TOKENS)
+    )
+    detail = {
+        "unit": "operations a second of one thread; attention is not counted as achieved",
+        "ours": median(ours),
+        "host": median(host),
+    }
+    return Measured("embed.gemm_share", ratio(ours, host), detail)
+
+
 def _length_aware(run: Run, stream: np.ndarray) -> Measured:
     engine = Engine(run.manifest(), threads=1)
     rng = random.Random(_SEED)
@@ -67,16 +91,23 @@ def _length_aware(run: Run, stream: np.ndarray) -> Measured:
     growth = math.log(_MOST_TOKENS / _LEAST_TOKENS)
     lengths = [round(_LEAST_TOKENS * math.exp(growth * rng.random())) for _ in range(texts)]
     ids = [_text_of(stream, i, length) for i, length in enumerate(lengths)]
-    arrival = in_order(ids, _BATCH_ROWS)
+    packed = in_order(ids, _BATCH_ROWS)
+    # An engine that does not pack computes what it pads; a mask of ones is that, and nothing else differs.
+    arrival = [(matrix, np.ones_like(mask), rows) for matrix, mask, rows in packed]
     sorted_ = in_order(ids, _BATCH_ROWS, sorted(range(texts), key=lengths.__getitem__))
     aware_s, arrival_s = take_turns(
         run.rounds, lambda: engine.run(sorted_).processor_s, lambda: engine.run(arrival).processor_s
     )
+    packed_s = repeat(run.rounds, lambda: engine.run(packed).processor_s)
     detail = {
         "texts": texts,
         "batch": _BATCH_ROWS,
-        "padding": {"by_length": _padding(sorted_), "arrival": _padding(arrival)},
-        "texts_per_cpu_s": {"by_length": texts / median(aware_s), "arrival": texts / median(arrival_s)},
+        "padding": {"by_length": _padding(sorted_), "arrival": _padding(packed)},
+        "texts_per_cpu_s": {
+            "by_length": texts / median(aware_s),
+            "arrival": texts / median(arrival_s),
+            "arrival_packed": texts / median(packed_s),
+        },
     }
     return Measured("embed.length_aware", ratio(arrival_s, aware_s), detail)
 
