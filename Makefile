@@ -64,7 +64,7 @@ check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/buf breaking --against protos/released.binpb
 
 bench: setup-dev $(if $(RIVALS),.venv-bench/.ready)  ## the ratios claimed, against ceilings of the same run
-	$(BIN)/python -m loadtests.bench $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m loadtests.bench $(if $(ONLY),--only $(ONLY)) $(if $(IR),--ir $(IR))
 
 .venv-bench/.ready: constraints-bench.txt
 	@echo "installing other engines into .venv-bench (first time only)"

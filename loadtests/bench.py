@@ -16,12 +16,13 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import cache, corpus, e2e, embed, ingest, search, start
+from loadtests import cache, corpus, e2e, embed, ingest, quality, search, start
 from loadtests.run import Run
 from loadtests.scoreboard import FAMILIES, Measured, Row, entry, of_families
 
 #: In the order they run; the last one ends the service that the others share.
 MEASURES: Mapping[str, Callable[[Run], Iterator[Measured]]] = {
+    "quality": quality.measure,
     "embed": embed.measure,
     "ingest": ingest.measure,
     "search": search.measure,
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory=BUILD / "bench",
         rounds=options.rounds or (1 if options.quick else 5),
         quick=options.quick,
+        judged=options.ir,
     ) as run:
         for family, measure in MEASURES.items():
             if family not in families:
@@ -91,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, help="how many of the corpus to use")
     parser.add_argument(
         "--models", type=Path, default=BUILD / "bench" / "models", help="where models are built"
+    )
+    parser.add_argument(
+        "--ir", type=Path, help="a directory of judged collections: cranfield, cisi, in the form of BEIR"
     )
     parser.add_argument("--out", type=Path, default=BUILD / "bench.json")
     return parser

@@ -88,8 +88,11 @@ class Run:
         directory: Path,
         rounds: int,
         quick: bool,
+        judged: Path | None = None,
     ) -> None:
         self.rounds, self.quick = rounds, quick
+        #: Where judged collections lie, if anywhere.
+        self.judged = judged
         #: How long one side of one round is under load.
         self.seconds = 0.2 if quick else 1.0
         self.cpus = usable_cpus()

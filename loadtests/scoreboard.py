@@ -44,6 +44,9 @@ _CLUSTER = "this release has the embedded composition only"
 _LATER = "its load does not exist yet"
 
 ROWS = (
+    Row("quality.rank_points", "quality", "INT8's order of pairs, points short of FP32's", 0.5, 0.1, True),
+    Row("quality.ndcg_points.cranfield", "quality", "INT8 less FP32, points of nDCG@10", -1, 0),
+    Row("quality.ndcg_points.cisi", "quality", "the same on CISI", -1, 0),
     Row("embed.int8_vs_fp32.query", "embed", "INT8 over FP32 in ONNX Runtime, 10 tokens, batch 32", 2.2, 4.5),
     Row("embed.int8_vs_fp32.passage", "embed", "the same, 128 tokens", 1.8, 3.9),
     Row("embed.vs_sentence_transformers.query", "embed", "over SentenceTransformer", 4, 6),
