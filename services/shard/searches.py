@@ -36,8 +36,9 @@ _QUEUE_ROWS = 8192
 #: Smallest number of neighbours looked for; above it powers of two, so that like calls share a scan.
 _LEAST_K = 10
 _NO_ATTRIBUTES: Attributes = {}
-#: Estimated work a thread is worth waking for, and the most that the event loop does itself.
-_JOB_MS, _LOOP_MS = 1.0, 0.3
+#: Estimated work that a further thread is worth waking for: with less, threads only take the interpreter from
+#: each other and from the event loop. And the most that the event loop does itself.
+_JOB_MS, _LOOP_MS = 4.0, 0.5
 #: A query's estimated work before the first of its kind, and how fast later ones change that.
 _UNKNOWN_MS, _LEARNING = 1.0, 0.1
 #: Kinds of search whose work is remembered.
@@ -182,7 +183,8 @@ class Searches:
                     self._queued_ms += len(search.queries) * search.query_ms
                 except Overloaded as full:
                     refused[search] = full
-            while self._jobs < self._most_jobs and self._queued_ms > self._jobs * _JOB_MS:
+            wanted = min(self._most_jobs, -(-self._queued_ms // _JOB_MS))
+            while self._jobs < wanted:
                 try:
                     self._threads.submit(self._work)
                 except RuntimeError:  # the threads were shut down
@@ -239,13 +241,14 @@ class Searches:
         self, pieces: Sequence[Piece[_Search]]
     ) -> tuple[Sequence[Piece[_Search]], list[Any], Exception | None]:
         """The pieces, and the hits of their rows or why there are none."""
-        began_s = time.perf_counter()
+        # Processor time: what others take meanwhile is no work of these.
+        began_s = time.thread_time()
         try:
             hits = self._search(pieces)
         except Exception as error:
             log.exception("a batch of %d searches failed", len(pieces))
             return pieces, [], error
-        self._learn(pieces[0].item.kind, (time.perf_counter() - began_s) * 1e3 / len(hits))
+        self._learn(pieces[0].item.kind, (time.thread_time() - began_s) * 1e3 / len(hits))
         return pieces, hits, None
 
     def _learn(self, kind: Hashable, query_ms: float) -> None:
