@@ -31,7 +31,7 @@ ROWS = [
 @pytest.fixture
 def view() -> MemtableView:
     memtable = Memtable(3, Metric.INNER_PRODUCT, SCHEMA, 8)
-    memtable.append(ROWS, np.arange(9, dtype=np.float32).reshape(3, 3))
+    memtable.append(ROWS, np.arange(9, dtype=np.float32).reshape(3, 3), 0)
     return MemtableView(5, memtable, 3, None)
 
 
@@ -72,7 +72,7 @@ def test_rows_are_kept_by_part_row_and_what_is_included(view: MemtableView) -> N
 def test_what_is_kept_is_bounded_and_what_is_asked_for_stays() -> None:
     memtable = Memtable(2, Metric.INNER_PRODUCT, {}, 1000)
     rows = [LogRow(f"d{i}", 0, Version(1, i), False, None, {}) for i in range(1000)]
-    memtable.append(rows, np.zeros((1000, 2), np.float32))
+    memtable.append(rows, np.zeros((1000, 2), np.float32), 0)
     view = MemtableView(0, memtable, 1000, None)
     rendering, bare = Rendering({}, 100_000), Include(False, False)
     [hot] = rendering.rows([view], (0,), (0,), bare)
@@ -90,7 +90,7 @@ def test_equal_scores_are_ordered_by_id_whatever_part_they_are_of() -> None:
     for number, ids in enumerate((["d", "b", "x"], ["a", "e"], ["c"])):
         memtable = Memtable(2, Metric.INNER_PRODUCT, {}, 8)
         rows = [LogRow(id, 0, Version(1, 1), False, None, {}) for id in ids]
-        memtable.append(rows, np.array([[float(id == "x"), 1.0] for id in ids], np.float32))
+        memtable.append(rows, np.array([[float(id == "x"), 1.0] for id in ids], np.float32), 0)
         views.append(MemtableView(number, memtable, len(ids), None))
     views[1].live = RowSet(np.array([True, False]))
     ranking = Snapshot(1, views).search(
