@@ -161,7 +161,7 @@ async def run(
     async def opened() -> Replica:
         return await Replica.open(
             collection(schema=SCHEMA, metric=metric), directory=directory, log_id=log.log_id, tail=log.tail,
-            search_threads=threads, memtable_rows=4, poll_ms=1, tail_rows=page_rows, graph_rows=8,
+            search_threads=threads, memtable_rows=4, poll_ms=1, tail_rows=page_rows, graph_rows=16,
         )  # fmt: skip
 
     replica = await opened()
