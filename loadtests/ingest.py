@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import LiteralString
 
@@ -12,10 +14,10 @@ from psycopg.types.json import Jsonb
 
 from loadtests.corpus import ATTRIBUTES, Package
 from loadtests.engine import by_length
-from loadtests.run import Run
+from loadtests.run import Run, settled
 from loadtests.scoreboard import Measured
 from loadtests.service import Service
-from loadtests.timing import median, ratio, take_turns, wall_s
+from loadtests.timing import alone, median, ratio, take_turns, wall_s
 from ringfort import Client, __version__
 from services.data_dir import DataDir
 from services.supervisor import Supervisor
@@ -23,6 +25,9 @@ from services.supervisor import Supervisor
 #: Most documents of one round.
 _DOCUMENTS, _QUICK_DOCUMENTS = 20_000, 400
 _VECTOR_BATCH = 512
+#: Searches beside ingest last so many times as long as one side of a round.
+_SEARCHED_ROUNDS = 5
+_K = 10
 _CREATE: LiteralString = """
 CREATE TABLE copied (
     id         text COLLATE "C" PRIMARY KEY,
@@ -66,7 +71,7 @@ class _Loads:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._numbers = itertools.count()
-        #: Of the last load, at its end: positions committed but not yet searchable, rows not yet sealed.
+        #: Of the last load, at its end: positions committed but not yet searchable, rows that wait for upkeep.
         self.debt: dict[str, int] = {}
 
     def seconds(self, documents: Iterable[dict[str, object]], *, wait: str, batch: int) -> float:
@@ -87,6 +92,7 @@ class _Loads:
         self.debt = {
             "positions_behind": status.watermark - replica.position,
             "memtable_rows": replica.memtable_rows,
+            "pending_rows": replica.pending_rows,
             "segments": replica.segments,
         }
 
@@ -150,8 +156,50 @@ def _vectors(
         "service": len(rows) / median(ours_s),
         "copy": len(rows) / median(copy_s),
         "debt": loads.debt,
+        **_searched_meanwhile(run, client, packages, vectors),
     }
     return Measured("ingest.vectors_vs_copy", ratio(copy_s, ours_s), detail)
+
+
+def _searched_meanwhile(
+    run: Run, client: Client, packages: Sequence[Package], vectors: np.ndarray
+) -> dict[str, float]:
+    """What one caller's searches take while ready vectors are written, and while nothing is."""
+    client.create_collection("searched", attributes=ATTRIBUTES)
+    first = (package.document(vector) for package, vector in zip(packages, vectors, strict=True))
+    client.upsert("searched", first, batch=_VECTOR_BATCH)
+    settled(client, "searched")
+    enough, written = threading.Event(), itertools.count()
+
+    def more() -> Iterator[dict[str, object]]:
+        for i in itertools.takewhile(lambda _: not enough.is_set(), written):
+            at = i % len(packages)
+            yield packages[at].document(vectors[at]) | {"id": f"more-{i}"}
+
+    def write() -> float:
+        with Client(client.server, timeout_s=120) as writer:
+            return wall_s(lambda: writer.upsert("searched", more(), wait="VISIBLE", batch=_VECTOR_BATCH))
+
+    def search(number: int) -> object:
+        return client.search("searched", vector=vectors[number % len(vectors)], k=_K, cache=False)
+
+    try:
+        quiet = alone(_SEARCHED_ROUNDS * run.seconds, search)
+        with ThreadPoolExecutor(1) as threads:
+            writing = threads.submit(write)
+            try:
+                busy = alone(_SEARCHED_ROUNDS * run.seconds, search)
+            finally:
+                enough.set()
+            written_s = writing.result()
+    finally:
+        client.delete_collection("searched")
+    return {
+        "search_p99_ms_quiet": quiet.quantile_ms(0.99),
+        "search_p99_ms_meanwhile": busy.quantile_ms(0.99),
+        "search_p99_meanwhile_over_quiet": busy.quantile_ms(0.99) / quiet.quantile_ms(0.99),
+        "written_meanwhile_per_s": next(written) / written_s,
+    }
 
 
 def _copy(connection: "psycopg.Connection[tuple[object, ...]]", rows: Iterable[Sequence[object]]) -> None:

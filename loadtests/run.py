@@ -28,7 +28,7 @@ QUICK_DOCUMENTS = 1_000
 #: Shares of the collection written twice, and written and deleted again, before anything is measured.
 _REWRITTEN, _DELETED = 0.10, 0.05
 _BATCH = 512
-_SETTLED_S, _SETTLE_LIMIT_S = 1.5, 120.0
+_SETTLED_S, _SETTLE_LIMIT_S = 1.5, 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,13 +234,16 @@ def _require_all(failures: Sequence[object]) -> None:
 
 
 def settled(client: Client, collection: str) -> dict[str, int]:
-    """Wait until the collection's segments have not changed for a while; what its shards are made of."""
+    """Wait until nothing is left to seal, merge or index; what the collection's shards are made of.
+
+    What is still pending after a long wait shows in it.
+    """
     limit_s = time.monotonic() + _SETTLE_LIMIT_S
     shape, since_s = shape_of(client, collection), time.monotonic()
     while (now_s := time.monotonic()) < min(limit_s, since_s + _SETTLED_S):
         time.sleep(0.1)
         latest = shape_of(client, collection)
-        if latest != shape:
+        if latest != shape or latest["pending_rows"]:
             shape, since_s = latest, now_s
     return shape
 
@@ -251,4 +254,5 @@ def shape_of(client: Client, collection: str) -> dict[str, int]:
     return {
         "segments": sum(replica.segments for replica in status.replicas),
         "memtable_rows": sum(replica.memtable_rows for replica in status.replicas),
+        "pending_rows": sum(replica.pending_rows for replica in status.replicas),
     }

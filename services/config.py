@@ -15,6 +15,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from index_builder.segments.index_spec import GRAPH_ROWS
+
 
 class Section(BaseModel):
     """One room's settings."""
@@ -84,6 +86,8 @@ class ShardSettings(Section):
 
     #: A memtable is sealed into a segment at this many rows.
     memtable_rows: int = Field(8_192, ge=16)
+    #: `auto` builds a graph of so many rows, once nothing is written for a while.
+    graph_rows: int = Field(GRAPH_ROWS, ge=256)
     #: How often a replica looks at the log when nobody told it to.
     poll_ms: int = Field(500, ge=10)
     #: Search threads; 0 means the CPUs this process really has.

@@ -282,6 +282,7 @@ class Embedded:
             data_dir.segments,
             search_threads=threads,
             memtable_rows=settings.memtable_rows,
+            graph_rows=settings.graph_rows,
             poll_ms=settings.poll_ms,
             device=settings.device,
         )

@@ -98,6 +98,7 @@ class Catalog:
         *,
         search_threads: ThreadPoolExecutor,
         memtable_rows: int,
+        graph_rows: int,
         poll_ms: int,
         device: str,
     ) -> None:
@@ -105,6 +106,7 @@ class Catalog:
         self._directory = directory
         self._search_threads = search_threads
         self._memtable_rows = memtable_rows
+        self._graph_rows = graph_rows
         self._poll_ms = poll_ms
         self._device = device
         self._by_name: dict[tuple[str, str], Served] = {}
@@ -313,6 +315,7 @@ class Catalog:
                 tail=tail,
                 search_threads=self._search_threads,
                 memtable_rows=self._memtable_rows,
+                graph_rows=self._graph_rows,
                 poll_ms=self._poll_ms,
                 device=self._device,
             )

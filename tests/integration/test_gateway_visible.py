@@ -35,7 +35,15 @@ def database_url(postgres_url: str) -> Iterator[str]:
 async def catalog(database_url: str, tmp_path: Path) -> AsyncIterator[Catalog]:
     store = await Store.open(database_url)
     with ThreadPoolExecutor(1) as threads:
-        catalog = Catalog(store, tmp_path, search_threads=threads, memtable_rows=16, poll_ms=20, device="cpu")
+        catalog = Catalog(
+            store,
+            tmp_path,
+            search_threads=threads,
+            memtable_rows=16,
+            graph_rows=50_000,
+            poll_ms=20,
+            device="cpu",
+        )
         await catalog.load()
         yield catalog
         await catalog.close()
