@@ -71,7 +71,7 @@ class _Loads:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._numbers = itertools.count()
-        #: Of the last load, at its end: positions committed but not yet searchable, rows that wait for upkeep.
+        #: Of the last load, at its end: positions committed but not yet searchable, rows that await upkeep.
         self.debt: dict[str, int] = {}
 
     def seconds(self, documents: Iterable[dict[str, object]], *, wait: str, batch: int) -> float:
