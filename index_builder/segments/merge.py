@@ -27,8 +27,8 @@ from shard_router.errors import SegmentCorrupt
 from shard_router.model import AttributeType, Schema
 
 _NICE = 15
-#: A graph is built by so many; more would only be in the way of searches.
-_BUILD_THREADS = 2
+#: A graph is built by so many threads, all else by one: it is short, and its barriers cost more under load.
+_GRAPH_THREADS = 2
 #: Vectors copied at once.
 _BLOCK_ROWS = 4096
 
@@ -148,9 +148,10 @@ def _main() -> None:
     if hasattr(psutil, "IOPRIO_CLASS_IDLE"):
         with suppress(OSError, psutil.Error):
             psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
-    faiss.omp_set_num_threads(min(_BUILD_THREADS, len(os.sched_getaffinity(0))))
     given = sys.stdin.buffer
     job = msgspec.msgpack.decode(given.read(int.from_bytes(given.read(8), "little")), type=_Job)
+    cpus = len(os.sched_getaffinity(0))
+    faiss.omp_set_num_threads(min(_GRAPH_THREADS, cpus) if job.kind is IndexKind.HNSW else 1)
 
     def end_with_parent() -> None:
         # Past the buffer, whose lock the interpreter wants at its end.

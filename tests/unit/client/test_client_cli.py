@@ -78,14 +78,15 @@ def test_without_a_command_it_says_what_there_is(run: Any) -> None:
 
 def test_search_shows_a_table_and_where_it_came_from(fake: FakeService, run: Any) -> None:
     _answer(fake, "SearchService/Search", search_answer("ray", "faiss-cpu", served_from=pb.L1))
-    outcome = run("search", "packages", "vectors", "-k", "2", "--filter", "rank < 5", "--exact")
+    options = ("-k", "2", "--filter", "rank < 5", "--exact", "--recall", "0.75")
+    outcome = run("search", "packages", "vectors", *options)
     assert outcome.code == 0
     assert outcome.lines[0].split() == ["#", "id", "score", "text", "attributes"]
     assert re.fullmatch(r" 1  ray +1\.0000  about ray +rank 0", outcome.lines[1])
     assert re.fullmatch(r" 2  faiss-cpu +0\.8750  about faiss-cpu +rank 1", outcome.lines[2])
     assert outcome.lines[3:] == ["3.2 ms · served from L1"]
     (request,) = fake.requests
-    assert (request.k, request.filter.text, request.exact) == (2, "rank < 5", True)
+    assert (request.k, request.filter.text, request.exact, request.recall) == (2, "rank < 5", True, 0.75)
 
 
 def test_a_partial_answer_is_marked(fake: FakeService, run: Any) -> None:
