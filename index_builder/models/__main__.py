@@ -18,7 +18,7 @@ from index_builder.models.manifest import ImageInput, ModelManifest, Requirement
 
 FAILED, INTERRUPTED = 1, 130
 #: Columns where the output is no terminal: enough for the table to be read in a file or a log.
-PIPED_WIDTH = 170
+PIPED_WIDTH = 180
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,8 +61,10 @@ class Measured(msgspec.Struct, frozen=True):
     batch_invariance: float = 0.0
     #: One short text, median.
     latency_ms: float = 0.0
-    #: Batches of 32 short texts.
+    #: Batches of 32 short texts, on the clock.
     texts_per_s: float = 0.0
+    #: The same, a second of CPU: what a busy service gets out of a core.
+    texts_per_cpu_s: float = 0.0
     #: Resident memory that loading it and a long batch took.
     memory_bytes: int = 0
 
@@ -71,7 +73,7 @@ class Gate(msgspec.Struct, frozen=True):
     """What the accuracy gate asked for, found, and chose."""
 
     requirements: Requirements
-    #: "throughput" (texts a second and thread) or "latency" (of one text).
+    #: "throughput" (texts a second of CPU) or "latency" (of one text).
     prefer: str
     texts: int
     table: Sequence[Measured]

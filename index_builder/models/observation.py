@@ -42,6 +42,7 @@ class Observed(msgspec.Struct, frozen=True, tag=True):
     batch_invariance: float
     latency_ms: float
     texts_per_s: float
+    texts_per_cpu_s: float
     memory_bytes: int
 
     def matrix(self) -> np.ndarray:
@@ -95,7 +96,9 @@ def observe(candidate: Candidate, tokenizer_file: Path, max_tokens: int, texts: 
     for _ in range(WARM_RUNS):
         run([one])
     latencies = [_seconds(run, [one]) for _ in range(LATENCY_RUNS)]
+    cpu_began = time.process_time()
     batches = [_seconds(run, batch) for _ in range(BATCH_RUNS)]
+    cpu_s = time.process_time() - cpu_began
     lengths = np.linalg.norm(alone, axis=1) * np.linalg.norm(crowded, axis=1)
     return Observed(
         vectors=alone.tobytes(),
@@ -103,6 +106,7 @@ def observe(candidate: Candidate, tokenizer_file: Path, max_tokens: int, texts: 
         batch_invariance=float((np.einsum("td,td->t", alone, crowded, dtype=np.float64) / lengths).min()),
         latency_ms=statistics.median(latencies) * 1e3,
         texts_per_s=BATCH_TEXTS / min(batches),
+        texts_per_cpu_s=BATCH_TEXTS * BATCH_RUNS / cpu_s,
         memory_bytes=max(0, memory_bytes),
     )
 

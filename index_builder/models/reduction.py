@@ -93,17 +93,19 @@ def reduced(graph: bytes, reduction: Reduction, axes: np.ndarray | None = None) 
 
 def _rounded(model: onnx.ModelProto, whole: str) -> list[onnx.NodeProto]:
     """Nodes that leave each vector the codes -127 to 127 of a step of its own."""
-    constants: dict[str, np.ndarray] = {
-        "level": np.array(1 / 127, np.float32),
-        "tiny": np.array(1e-30, np.float32),
-        "last": np.array([-1], np.int64),
-    }
-    _append(model, {f"{VECTORS}.{name}": value for name, value in constants.items()})
-    step = f"{VECTORS}.step"
+    levels = {"level": np.array(1 / 127, np.float32), "tiny": np.array(1e-30, np.float32)}
+    _append(model, {f"{VECTORS}.{name}": value for name, value in levels.items()})
+    step, peak = f"{VECTORS}.step", f"{VECTORS}.peak"
+    # The axes became an input with operator set 18.
+    if next(entry.version for entry in model.opset_import if not entry.domain) >= 18:
+        _append(model, {f"{VECTORS}.last": np.array([-1], np.int64)})
+        find_peak = helper.make_node("ReduceMax", [f"{VECTORS}.size", f"{VECTORS}.last"], [peak], keepdims=1)
+    else:
+        find_peak = helper.make_node("ReduceMax", [f"{VECTORS}.size"], [peak], axes=[-1], keepdims=1)
     return [
         helper.make_node("Abs", [whole], [f"{VECTORS}.size"]),
-        helper.make_node("ReduceMax", [f"{VECTORS}.size", f"{VECTORS}.last"], [f"{VECTORS}.peak"]),
-        helper.make_node("Mul", [f"{VECTORS}.peak", f"{VECTORS}.level"], [f"{VECTORS}.step.least"]),
+        find_peak,
+        helper.make_node("Mul", [peak, f"{VECTORS}.level"], [f"{VECTORS}.step.least"]),
         helper.make_node("Max", [f"{VECTORS}.step.least", f"{VECTORS}.tiny"], [step]),
         helper.make_node("Div", [whole, step], [f"{VECTORS}.steps"]),
         helper.make_node("Round", [f"{VECTORS}.steps"], [f"{VECTORS}.codes"]),
