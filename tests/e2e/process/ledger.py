@@ -1,8 +1,9 @@
 """A writer that keeps account of what was acknowledged, and compares the service with it."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -71,6 +72,12 @@ class Ledger(threading.Thread):
         """Ends the writing after the write under way."""
         self._over.set()
         self.join(2 * ACKNOWLEDGED_WITHIN_S)
+
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing is written meanwhile."""
+        with self._writing:
+            yield
 
     def compare(self) -> None:
         """Between two writes: the service has exactly what is written here, by every way of asking."""

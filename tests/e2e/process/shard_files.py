@@ -1,10 +1,12 @@
 """The segment files of a data directory: whether they are whole, how many there were, how to damage them."""
 
+import contextlib
 import time
 from pathlib import Path
 from random import Random
 
 from index_builder.segments import manifest
+from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.segment import Segment
 from shard_router.errors import SegmentCorrupt
 from shard_router.model import Schema
@@ -23,6 +25,14 @@ class ShardFiles:
     def merged(self) -> int:
         """Segments that hold more than one sealed memtable did."""
         return self.written() - sum(len(found) for found in self._by_shard("segment-*"))
+
+    def kinds(self) -> set[IndexKind]:
+        """What the segments are searched with; those are left out that go while it is looked."""
+        kinds = set()
+        for segment in self._root.glob("*/shard-*/segment-*"):
+            with contextlib.suppress(SegmentCorrupt, OSError):
+                kinds.add(Segment.open(segment, self._schema, verify=False).kind)
+        return kinds
 
     def quarantined(self) -> list[Path]:
         """Damaged segments that were set aside."""

@@ -1,9 +1,11 @@
 """Any process killed at any moment, many times over: nothing acknowledged is lost, nothing deleted returns.
 
 Memtables are so small that seals and merges go on all the time, and half of the kills wait for one that is
-half written. KILLS says how many (20; `make long` 200), SEED repeats a sequence.
+half written; now and then writing pauses, so that graphs are built, and the kill comes amid one.
+KILLS says how many (20; `make long` 200), SEED repeats a sequence.
 """
 
+import contextlib
 import os
 import secrets
 import time
@@ -16,12 +18,16 @@ from killable import Killable
 from ledger import SCHEMA, Ledger
 from shard_files import ShardFiles
 
+from index_builder.segments.index_spec import IndexKind
+
 KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 
 #: What is killed, and how often of a hundred times.
 VICTIMS = {"postgres": 25, "valkey": 25, "service": 20, "everything": 20, "start": 10}
-SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "32"}
+SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "32", "RINGFORT_SHARD__GRAPH_ROWS": "64"}
+#: Every so many kills one comes in calm.
+CALM_EVERY = 10
 
 
 def kill(service: Killable, files: ShardFiles, victim: str, rng: Random) -> None:
@@ -64,15 +70,22 @@ def test_whatever_is_killed_nothing_acknowledged_is_lost(
             for n, victim in enumerate(victims):
                 written = ledger.writes
                 time.sleep(rng.uniform(0, 0.4))
-                half_written = rng.random() < 0.5 and files.being_written(2.0)
-                print(f"kill {n}: {victim} after {written} writes{', amid a file' if half_written else ''}")
-                kill(service, files, victim, rng)
+                calm = n % CALM_EVERY == CALM_EVERY - 1
+                with ledger.still() if calm else contextlib.nullcontext():
+                    # The seals under way are over in less; graphs follow when nothing was written for 3 s.
+                    time.sleep(2.0 if calm else 0.0)
+                    half_written = (calm or rng.random() < 0.5) and files.being_written(4.0)
+                    amid = ", amid a file" if half_written else ""
+                    print(f"kill {n}: {victim} after {written} writes{amid}")
+                    kill(service, files, victim, rng)
                 # One may have been under way; the second was begun after the kill.
                 written = ledger.writes
                 eventually(lambda: ledger.failure or ledger.writes >= written + 2, 60)  # noqa: B023
                 ledger.compare()
         finally:
             ledger.close()
+        ledger.compare()
+        eventually(lambda: IndexKind.HNSW in files.kinds(), 60)
         ledger.compare()
         service.stop()
         assert files.written() > 2 * KILLS
