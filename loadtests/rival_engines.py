@@ -125,7 +125,9 @@ def _onnxruntime(model: Path, fp32: Path, scratch: Path) -> Run:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = scratch / "dynamic.onnx"
-    quantize_dynamic(fp32, target, per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(
+        fp32, target, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
+    )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
