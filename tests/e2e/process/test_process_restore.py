@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from command_line import eventually
 from psycopg.conninfo import make_conninfo
-from up import Up
+from up import Up, end
 
 from ringfort import Client
 from ringfort.documents import Document, Version
@@ -123,7 +123,7 @@ def test_a_database_restored_under_a_running_service_is_served_as_it_is(
             )
         assert up.stop() == 0
     finally:
-        up.kill()
+        end(up.process)
 
 
 def test_a_replica_that_missed_forgotten_deletes_is_built_anew(
@@ -164,4 +164,4 @@ def test_a_replica_that_missed_forgotten_deletes_is_built_anew(
             assert found(client) == {*ids[150:], "new"}
         assert up.stop() == 0
     finally:
-        up.kill()
+        end(up.process)
