@@ -87,7 +87,7 @@ class ShardSettings(Section):
     #: A memtable is sealed into a segment at this many rows.
     memtable_rows: int = Field(8_192, ge=16)
     #: `auto` builds a graph of so many rows, once nothing is written for a while.
-    graph_rows: int = Field(GRAPH_ROWS, ge=16)
+    graph_rows: int = Field(GRAPH_ROWS, ge=32)
     #: How often a replica looks at the log when nobody told it to.
     poll_ms: int = Field(500, ge=10)
     #: Search threads; 0 means the CPUs this process really has.

@@ -180,6 +180,16 @@ def test_any_dimension_has_an_index_or_does_without(tmp_path: Path, kind: IndexK
     assert recall(segment, some_vectors(30, dim, seed=1), None, DEFAULT_EFFORT) >= 0.95
 
 
+@pytest.mark.parametrize("rows", [32, 33, 100])
+@pytest.mark.parametrize("kind", [IndexKind.HNSW, IndexKind.IVF])
+def test_the_fewest_rows_that_may_be_indexed_are(tmp_path: Path, kind: IndexKind, rows: int) -> None:
+    vectors = some_vectors(rows)
+    segment = write(tmp_path / "s", kind, vectors, Metric.COSINE)
+    scores, found = segment.search(segment.vectors[:4], 10, allowed=None, exact=False, effort=DEFAULT_EFFORT)
+    assert found[:, 0].tolist() == [0, 1, 2, 3]
+    assert (scores > -np.inf).all()
+
+
 @pytest.mark.parametrize("kind", [IndexKind.HNSW, IndexKind.IVF])
 def test_what_an_index_cannot_tell_apart_is_compared_with_all(tmp_path: Path, kind: IndexKind) -> None:
     """Without neighbourhoods there is nothing to walk, and every list is as good as any other."""
