@@ -145,7 +145,8 @@ async def test_damage_found_while_serving_is_owned_up_to_and_repaired(
     log.tail = tail  # type: ignore[method-assign]
     again = await open_replica()
     assert again.stats()["unverified_bytes"] > 0
-    await until(lambda: again.condition()[0] == "repairing")
+    await until(lambda: again.stats()["missing_positions"] > 0)
+    assert again.condition()[0] == "repairing"
     hits, complete = await answer(again)
     assert not complete
     assert [hit for hit in before if hit.id in IDS[8:]] == hits
