@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
+import math
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from services.supervisor import Supervisor
 #: Most documents of one round.
 _DOCUMENTS, _QUICK_DOCUMENTS = 20_000, 400
 _VECTOR_BATCH = 512
+#: Documents a second that are written beside searches, where it is not as many as can be.
+_PACED_PER_S = 5_000.0
 #: Searches beside ingest last so many times as long as one side of a round.
 _SEARCHED_ROUNDS = 5
 _K = 10
@@ -164,41 +168,57 @@ def _vectors(
 def _searched_meanwhile(
     run: Run, client: Client, packages: Sequence[Package], vectors: np.ndarray
 ) -> dict[str, float]:
-    """What one caller's searches take while ready vectors are written, and while nothing is."""
+    """What one caller's searches take while nothing is written, some ready vectors, and as many as go."""
     client.create_collection("searched", attributes=ATTRIBUTES)
     first = (package.document(vector) for package, vector in zip(packages, vectors, strict=True))
     client.upsert("searched", first, batch=_VECTOR_BATCH)
     settled(client, "searched")
-    enough, written = threading.Event(), itertools.count()
-
-    def more() -> Iterator[dict[str, object]]:
-        for i in itertools.takewhile(lambda _: not enough.is_set(), written):
-            at = i % len(packages)
-            yield packages[at].document(vectors[at]) | {"id": f"more-{i}"}
-
-    def write() -> float:
-        with Client(client.server, timeout_s=120) as writer:
-            return wall_s(lambda: writer.upsert("searched", more(), wait="VISIBLE", batch=_VECTOR_BATCH))
+    written = itertools.count()
 
     def search(number: int) -> object:
         return client.search("searched", vector=vectors[number % len(vectors)], k=_K, cache=False)
 
-    try:
-        quiet = alone(_SEARCHED_ROUNDS * run.seconds, search)
+    def searched() -> float:
+        return alone(_SEARCHED_ROUNDS * run.seconds, search).quantile_ms(0.99)
+
+    def searched_while_writing(most_per_s: float) -> tuple[float, float]:
+        """The searches' p99 in ms, and the documents a second that were written."""
+        enough, start, began_s = threading.Event(), next(written), time.monotonic()
+
+        def more() -> Iterator[dict[str, object]]:
+            for i in itertools.takewhile(lambda _: not enough.is_set(), written):
+                if i % _VECTOR_BATCH == 0:
+                    enough.wait(began_s + (i - start) / most_per_s - time.monotonic())
+                at = i % len(packages)
+                yield packages[at].document(vectors[at]) | {"id": f"more-{i}"}
+
+        def write() -> float:
+            with Client(client.server, timeout_s=120) as writer:
+                return wall_s(lambda: writer.upsert("searched", more(), wait="VISIBLE", batch=_VECTOR_BATCH))
+
         with ThreadPoolExecutor(1) as threads:
             writing = threads.submit(write)
             try:
-                busy = alone(_SEARCHED_ROUNDS * run.seconds, search)
+                p99_ms = searched()
             finally:
                 enough.set()
-            written_s = writing.result()
+            return p99_ms, (next(written) - start) / writing.result()
+
+    try:
+        quiet_ms = searched()
+        paced_ms, paced_per_s = searched_while_writing(_PACED_PER_S)
+        settled(client, "searched")
+        flat_out_ms, flat_out_per_s = searched_while_writing(math.inf)
     finally:
         client.delete_collection("searched")
     return {
-        "search_p99_ms_quiet": quiet.quantile_ms(0.99),
-        "search_p99_ms_meanwhile": busy.quantile_ms(0.99),
-        "search_p99_meanwhile_over_quiet": busy.quantile_ms(0.99) / quiet.quantile_ms(0.99),
-        "written_meanwhile_per_s": next(written) / written_s,
+        "search_p99_ms_quiet": quiet_ms,
+        "search_p99_ms_paced": paced_ms,
+        "search_p99_paced_over_quiet": paced_ms / quiet_ms,
+        "written_paced_per_s": paced_per_s,
+        "search_p99_ms_flat_out": flat_out_ms,
+        "search_p99_flat_out_over_quiet": flat_out_ms / quiet_ms,
+        "written_flat_out_per_s": flat_out_per_s,
     }
 
 
