@@ -255,17 +255,6 @@ class Segment:
         """Every row's id, in order of row."""
         return self.contents.ids()
 
-    def log_row(self, row: int) -> LogRow:
-        """The row as the log told it."""
-        return LogRow(
-            id=self.id_at(row),
-            slot=int(self.contents.slots[row]),
-            version=self.version_at(row),
-            deleted=False,
-            text=self.text_at(row),
-            attributes=self.columns.attributes_at(row),
-        )
-
 
 def _verify(
     directory: Path, name: str, expected: FileRecord, pace: Callable[[int], None] | None = None

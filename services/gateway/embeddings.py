@@ -16,8 +16,7 @@ from services.cache.tier import CacheTier
 from services.cache.worth import Worth
 from services.deadline import Deadline
 from services.embedder.embedder import Embedded, Embedder, InputType
-from shard_router.errors import InvalidField, NotFound, PreconditionFailed, SpaceMismatch
-from shard_router.model import Collection
+from shard_router.errors import InvalidField
 
 #: A look into Redis costs a tenth of embedding a short text; for this many texts at once, next to nothing.
 LEAST_FOUND, MANY_TEXTS = 0.1, 16
@@ -38,7 +37,7 @@ class Vectors:
 
 
 class Embeddings:
-    """The embedding models this gateway can use; one, named by its manifest."""
+    """One embedding model, and the cache before it."""
 
     def __init__(self, embedder: Embedder, cache: CacheTier, *, ttl_s: float, max_text_bytes: int) -> None:
         self.embedder = embedder
@@ -47,24 +46,6 @@ class Embeddings:
         self._ttl_s = ttl_s
         self._max_text_bytes = max_text_bytes
         self._redis = Worth(LEAST_FOUND)
-
-    @property
-    def model(self) -> str:
-        """NAME@VERSION of the default model."""
-        return f"{self.manifest.name}@{self.manifest.version}"
-
-    def require_model(self, name: str, field: str = "model") -> str:
-        """NAME@VERSION for a name with or without version, or none at all; NotFound for one not served."""
-        if name in ("", self.manifest.name, self.model):
-            return self.model
-        raise NotFound("model", name, field)
-
-    def require_space(self, collection: Collection) -> None:
-        """Raise unless a text embedded here may be compared with the collection's vectors."""
-        if collection.model is None:
-            raise PreconditionFailed(f"collection {collection.name!r} has no model: bring a vector")
-        if collection.space != self.manifest.space:
-            raise SpaceMismatch(self.manifest.space, collection.space)
 
     def check_texts(self, texts: Sequence[str], field: str, *, truncate: bool) -> list[str]:
         """Texts within the byte limit; a longer one is cut where `truncate` says so, else InvalidField."""

@@ -16,6 +16,18 @@ SCHEMA = {"rank": AttributeType.INT, "name": AttributeType.KEYWORD, "tags": Attr
 FILES = ["header", "vectors", "arrays", "index"]
 
 
+def row_of(segment: Segment, row: int) -> LogRow:
+    """What a segment tells of a row, as the log told it."""
+    return LogRow(
+        id=segment.id_at(row),
+        slot=int(segment.contents.slots[row]),
+        version=segment.version_at(row),
+        deleted=False,
+        text=segment.text_at(row),
+        attributes=segment.columns.attributes_at(row),
+    )
+
+
 def some_rows(n: int) -> list[LogRow]:
     return [
         LogRow(
@@ -47,7 +59,7 @@ def written(directory: Path, n: int = 50, dim: int = 8, metric: Metric = Metric.
 def test_everything_written_is_read_back(tmp_path: Path, verify: bool) -> None:
     written(tmp_path)
     segment = Segment.open(tmp_path / "one", SCHEMA, verify)
-    assert [segment.log_row(row) for row in range(segment.rows)] == some_rows(50)
+    assert [row_of(segment, row) for row in range(segment.rows)] == some_rows(50)
     assert segment.ids() == [row.id for row in some_rows(50)]
     assert (segment.vectors == similarity.prepare(some_vectors(50, 8), Metric.COSINE)).all()
     assert (segment.covers, segment.metric, segment.dim) == ((0, 50), Metric.COSINE, 8)
@@ -131,7 +143,7 @@ def test_an_attribute_that_came_later_reads_as_null_and_one_that_went_is_gone(tm
     written(tmp_path)
     schema = {"rank": AttributeType.INT, "late": AttributeType.FLOAT}
     segment = Segment.open(tmp_path / "one", schema, verify=True)
-    assert segment.log_row(1).attributes == {"rank": 1}
+    assert row_of(segment, 1).attributes == {"rank": 1}
     assert np.isnan(segment.columns.numbers("late")).all()
 
 
@@ -173,7 +185,7 @@ def test_documents_without_text_or_attributes_are_fine(tmp_path: Path) -> None:
     vectors = np.eye(2, dtype=np.float32)
     Segment.write(tmp_path / "one", rows, vectors, Metric.COSINE, {}, covers=(0, 2))
     segment = Segment.open(tmp_path / "one", {}, verify=True)
-    assert [segment.log_row(0), segment.log_row(1)] == rows
+    assert [row_of(segment, 0), row_of(segment, 1)] == rows
 
 
 def test_a_merge_holds_the_picked_rows_of_every_source_in_order(tmp_path: Path) -> None:
@@ -182,7 +194,7 @@ def test_a_merge_holds_the_picked_rows_of_every_source_in_order(tmp_path: Path) 
     two = Segment.open(tmp_path / "two", SCHEMA, verify=True)
     merged = merge(tmp_path / "both", [(one, np.array([3, 1])), (two, np.array([0]))], SCHEMA)
     assert merged is not None
-    assert [merged.log_row(row) for row in range(3)] == [one.log_row(3), one.log_row(1), two.log_row(0)]
+    assert [row_of(merged, row) for row in range(3)] == [row_of(one, 3), row_of(one, 1), row_of(two, 0)]
     assert (merged.vectors == one.vectors[[3, 1, 0]]).all()
     assert merged.covers == (0, 50)
     assert merge(tmp_path / "none", [(one, np.array([], np.int64))], SCHEMA) is None
@@ -192,7 +204,7 @@ async def test_a_merge_in_a_child_process_makes_the_same_segment(tmp_path: Path)
     one = written(tmp_path)
     merged = await merge_in_child(tmp_path / "both", [(one, np.array([3, 1]))], SCHEMA)
     assert merged is not None
-    assert [merged.log_row(row) for row in range(2)] == [one.log_row(3), one.log_row(1)]
+    assert [row_of(merged, row) for row in range(2)] == [row_of(one, 3), row_of(one, 1)]
     assert await merge_in_child(tmp_path / "none", [(one, np.array([], np.int64))], SCHEMA) is None
     (tmp_path / "one" / "header").unlink()
     with pytest.raises(SegmentCorrupt, match="header") as told:

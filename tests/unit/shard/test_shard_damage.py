@@ -2,14 +2,12 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from memory_log import MemoryLog, collection
+from memory_log import MemoryLog
 
 from services.deadline import Deadline
 from services.shard.replica import Replica
@@ -26,34 +24,6 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
-
-
-@pytest.fixture
-def log() -> MemoryLog:
-    return MemoryLog(3)
-
-
-@pytest.fixture
-async def open_replica(tmp_path: Path, log: MemoryLog, threads: ThreadPoolExecutor) -> AsyncIterator[Open]:
-    opened: list[Replica] = []
-
-    async def open_one(**changed: Any) -> Replica:
-        options: dict[str, Any] = {
-            "directory": tmp_path / "shard-0", "log_id": log.log_id, "tail": lambda after: log.tail(after),
-            "search_threads": threads, "memtable_rows": 8, "poll_ms": 5, "tail_rows": log.page_rows,
-        }  # fmt: skip
-        opened.append(await Replica.open(collection(), **{**options, **changed}))
-        return opened[-1]
-
-    yield open_one
-    for replica in opened:
-        await replica.close()
 
 
 async def answer(replica: Replica) -> tuple[list[Hit], bool]:
