@@ -8,6 +8,7 @@ from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
+from services import tasks
 from services.data_dir import DataDir, StartupError, unusable
 from services.servers.child import Child, Command, Server, free_port
 from services.servers.postgres import PostgresServer
@@ -97,10 +98,10 @@ class Supervisor:
     async def stop(self) -> None:
         """Ends every child and reaps it, whatever was going on; calling it again is fine."""
         self._stopping = True
-        while tasks := list(self._tasks):
-            for task in tasks:
+        while begun := list(self._tasks):
+            for task in begun:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*begun, return_exceptions=True)
         await asyncio.gather(*(self._end(child) for child in list(self._children.values())))
         for name in self._states:
             self._set_state(name, "stopped")
@@ -172,7 +173,7 @@ class Supervisor:
             await self._end(child)
             raise
         finally:
-            await _cancelled(ready, ended)
+            await tasks.end(ready, ended)
 
     async def _watch(self, server: Server, port: int, child: Child) -> None:
         """Starts the server again whenever it ends, until cancelled."""
@@ -265,20 +266,6 @@ async def _until_it_answers(server: Server, port: int) -> None:
         await asyncio.sleep(pause_s)
         # Asked all through a long recovery, Postgres would log each refusal.
         pause_s = min(pause_s * 1.1, _MAX_POLL_S)
-
-
-async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
-    """Cancels the tasks until all have ended.
-
-    Once is not enough: asyncio.wait_for of Python 3.11, under the Redis client's sends, loses a cancellation
-    that comes as the send completes (https://github.com/python/cpython/issues/86296), and a task that asks
-    whether a server answers would ask for ever.
-    """
-    while running := [task for task in tasks if not task.done()]:
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running, timeout=_POLL_S)
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _to_its_end(work: Awaitable[T]) -> T:

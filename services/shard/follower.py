@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
+from services import tasks
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.layout import Layout
@@ -21,8 +22,6 @@ _SLICE_ROWS = 512
 _FROZEN_MOST = 8
 #: Slowest retry of a log that cannot be read.
 _BACKOFF_MOST_S = 5.0
-#: How long a cancelled task has until it is cancelled again.
-_CANCEL_AGAIN_S = 0.05
 
 
 class Follower:
@@ -136,11 +135,7 @@ class Follower:
 
     async def close(self) -> None:
         """Stop following."""
-        if self._following is not None:
-            while not self._following.done():
-                # Again and again: asyncio.wait_for of Python 3.11, under the connection pool, may lose one.
-                self._following.cancel()
-                await asyncio.wait([self._following], timeout=_CANCEL_AGAIN_S)
+        await tasks.end(self._following)
 
     def stats(self) -> dict[str, float]:
         """Figures for the metrics."""
