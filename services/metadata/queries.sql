@@ -220,7 +220,9 @@ FROM (
 ORDER BY t.seq;
 
 -- mark_positions: note where every log stands now, if it has moved since it was noted last
-INSERT INTO marks (collection_uid, seq) SELECT collection_uid, seq FROM counters WHERE seq > 0
+INSERT INTO marks (collection_uid, seq)
+-- locked, so that a collection dropped meanwhile is left out rather than found missing by the foreign key
+SELECT collection_uid, seq FROM counters WHERE seq > 0 ORDER BY collection_uid FOR KEY SHARE
 ON CONFLICT DO NOTHING;
 
 -- old_positions: up to where each log was written longer ago than that

@@ -158,10 +158,18 @@ async def test_many_are_purged_page_by_page_beside_writers(
 async def test_a_collection_that_goes_meanwhile_is_no_failure(
     forgetful: Store, make_collection: MakeCollection
 ) -> None:
-    for _ in range(5):
-        collection = await make_collection(forgetful)
-        await write(forgetful, collection, upsert("a"), upsert("b"), Remove("a"))
-        await forgetful.delete_collection("default", collection.name)
+    """At whatever moment of a purge it goes."""
+
+    async def come_and_go() -> None:
+        for _ in range(20):
+            collection = await make_collection(forgetful)
+            await write(forgetful, collection, upsert("a"), upsert("b"), Remove("a"))
+            await forgetful.delete_collection("default", collection.name)
+
+    churn = asyncio.gather(come_and_go(), come_and_go())
+    while not churn.done():
+        await forgetful.purge_tombstones()
+    await churn
     other = await make_collection(forgetful)
     await write(forgetful, other, upsert("a"), Remove("a"))
     await forgotten(forgetful, other)
