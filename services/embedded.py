@@ -48,6 +48,7 @@ from services.gateway.servicers import (
 )
 from services.metadata.store import Store
 from services.ranker.ranker import Ranker
+from services.shard.local_shards import LocalShards
 from services.supervisor import Supervisor
 from services.telemetry import Telemetry, log_to
 from shard_router import filters
@@ -277,15 +278,16 @@ class Embedded:
         settings = self._config.shard
         threads = ThreadPoolExecutor(settings.threads or usable_cpus(), thread_name_prefix="search")
         self._stack.callback(threads.shutdown)
-        catalog = Catalog(
-            store,
+        shards = LocalShards(
             data_dir.segments,
+            store.follow,
             search_threads=threads,
             memtable_rows=settings.memtable_rows,
             graph_rows=settings.graph_rows,
             poll_ms=settings.poll_ms,
             device=settings.device,
         )
+        catalog = Catalog(store, shards)
         self._stack.push_async_callback(catalog.close)
         await catalog.load()
         return catalog

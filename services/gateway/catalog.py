@@ -3,26 +3,23 @@
 A replica that cannot follow its log any more is opened anew, and so is everything when the database holds
 another log than before; what is asked meanwhile is answered with Unavailable, not from the old log.
 
-In the embedded composition every shard has one replica, in this process; the collection's wish for more
-is kept for a composition with more nodes.
+Every shard has one replica, opened by what the composition hands in (endpoints.py); the collection's wish for
+more is kept for a composition with more nodes.
 """
 
 import asyncio
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from services import tasks
 from services.deadline import Deadline
+from services.gateway.endpoints import ShardEndpoint, Shards
 from services.metadata.store import Store
-from services.shard.replica import Replica
+from services.shard.local_shards import slice_of
 from shard_router.errors import NotFound, RingfortError, Unavailable, UnknownLog
 from shard_router.model import Collection, LogDelta, Metric, Schema
 from shard_router.shard_map import ShardMap
@@ -35,15 +32,6 @@ T = TypeVar("T")
 REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
 
 
-def slice_of(delta: LogDelta, mine: np.ndarray) -> LogDelta:
-    """The part of a delta whose slots are marked in `mine` (bool [slots]); its positions stay."""
-    keep = np.fromiter((mine[row.slot] for row in delta.rows), bool, len(delta.rows))
-    if keep.all():
-        return delta
-    rows = [row for row, kept in zip(delta.rows, keep, strict=True) if kept]
-    return replace(delta, rows=rows, vectors=delta.vectors[keep])
-
-
 class Served:
     """One collection as this gateway serves it."""
 
@@ -54,7 +42,7 @@ class Served:
         #: The log's position after the last write that was acknowledged here, or at the start.
         self._acknowledged = 0
         #: By shard.
-        self.replicas: dict[int, Replica] = {}
+        self.replicas: dict[int, ShardEndpoint] = {}
         #: By shard, bool [slots].
         self.masks: dict[int, np.ndarray] = {}
 
@@ -91,24 +79,9 @@ class Served:
 class Catalog:
     """Every collection of the store, open; names and aliases resolve here."""
 
-    def __init__(
-        self,
-        store: Store,
-        directory: Path,
-        *,
-        search_threads: ThreadPoolExecutor,
-        memtable_rows: int,
-        graph_rows: int,
-        poll_ms: int,
-        device: str,
-    ) -> None:
+    def __init__(self, store: Store, shards: Shards) -> None:
         self.store = store
-        self._directory = directory
-        self._search_threads = search_threads
-        self._memtable_rows = memtable_rows
-        self._graph_rows = graph_rows
-        self._poll_ms = poll_ms
-        self._device = device
+        self._shards = shards
         self._by_name: dict[tuple[str, str], Served] = {}
         self._by_alias: dict[tuple[str, str], Served] = {}
         #: Changes of the catalog happen one at a time.
@@ -195,7 +168,7 @@ class Catalog:
                     replica.fell.set()
                 self._index(served)
                 raise
-            await asyncio.to_thread(shutil.rmtree, self._folder(served.collection), ignore_errors=True)
+            await self._shards.forget(served.collection)
 
     async def set_alias(self, tenant: str, alias: str, name: str | None) -> None:
         """Point an alias at a collection, or remove it."""
@@ -225,9 +198,6 @@ class Catalog:
         for alias in collection.aliases:
             self._by_alias[collection.tenant, alias] = served
 
-    def _folder(self, collection: Collection) -> Path:
-        return self._directory / f"{collection.uid}-{collection.generation}"
-
     def _require_current(self) -> None:
         if self._log_id != self.store.log_id:
             raise Unavailable(
@@ -238,12 +208,7 @@ class Catalog:
         log_id, collections = self.store.log_id, await self.store.collections()
         for served in await _all_or_none((self._open(c) for c in collections), _close):
             self._index(served)
-        known = {self._folder(c).name for c in collections}
-        if self._directory.is_dir():
-            for leftover in self._directory.iterdir():
-                if leftover.name not in known:
-                    log.info("removing segments of a collection that is gone: %s", leftover.name)
-                    await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+        await self._shards.keep_only(collections)
         self._log_id = log_id
 
     async def _drop(self, served: Served) -> None:
@@ -288,7 +253,7 @@ class Catalog:
             mask[shard_map.slots_of(shard)] = True
             served.masks[shard] = mask
         opening = (self._open_shard(served, shard) for shard in shard_map.shards)
-        opened = await _all_or_none(opening, Replica.close)
+        opened = await _all_or_none(opening, lambda replica: replica.close())
         served.replicas = dict(zip(shard_map.shards, opened, strict=True))
         try:
             served.committed(await self.store.position(collection), None)
@@ -297,35 +262,8 @@ class Catalog:
             raise
         return served
 
-    async def _open_shard(self, served: Served, shard: int) -> Replica:
-        """A replica of its files, or of nothing but the log where those cannot follow it any more."""
-        collection = served.collection
-        directory = self._folder(collection) / f"shard-{shard}"
-
-        async def opened() -> Replica:
-            follow = self.store.follow(collection)
-
-            async def tail(after: int) -> LogDelta:
-                return slice_of(await follow(after), served.masks[shard])
-
-            return await Replica.open(
-                collection,
-                directory=directory,
-                log_id=served.log_id,
-                tail=tail,
-                search_threads=self._search_threads,
-                memtable_rows=self._memtable_rows,
-                graph_rows=self._graph_rows,
-                poll_ms=self._poll_ms,
-                device=self._device,
-            )
-
-        try:
-            return await opened()
-        except UnknownLog as unknown:
-            log.warning("%s cannot follow its log and is built anew: %s", directory, unknown)
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-            return await opened()
+    async def _open_shard(self, served: Served, shard: int) -> ShardEndpoint:
+        return await self._shards.open(served.collection, shard, served.masks[shard], served.log_id)
 
 
 async def _close(served: Served) -> None:

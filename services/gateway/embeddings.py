@@ -15,7 +15,8 @@ from services.cache.envelope import EmbeddingEntry
 from services.cache.tier import CacheTier
 from services.cache.worth import Worth
 from services.deadline import Deadline
-from services.embedder.embedder import Embedded, Embedder, InputType
+from services.embedder.embedder import Embedded, InputType
+from services.gateway.endpoints import EmbedderEndpoint
 from shard_router.errors import InvalidField
 
 #: A look into Redis costs a tenth of embedding a short text; for this many texts at once, next to nothing.
@@ -39,7 +40,9 @@ class Vectors:
 class Embeddings:
     """One embedding model, and the cache before it."""
 
-    def __init__(self, embedder: Embedder, cache: CacheTier, *, ttl_s: float, max_text_bytes: int) -> None:
+    def __init__(
+        self, embedder: EmbedderEndpoint, cache: CacheTier, *, ttl_s: float, max_text_bytes: int
+    ) -> None:
         self.embedder = embedder
         self.manifest = embedder.manifest
         self._cache = cache

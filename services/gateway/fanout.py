@@ -12,8 +12,9 @@ import numpy as np
 from index_builder.segments.index_spec import Effort
 from services.deadline import Deadline
 from services.gateway.catalog import Served
+from services.gateway.endpoints import ShardEndpoint
 from services.shard.rendering import RenderedHits, RenderedRow
-from services.shard.replica import Hits, Replica, ShardAnswer
+from services.shard.replica import Hits, ShardAnswer
 from shard_router.errors import DeadlineExceeded, ShardUnavailable
 from shard_router.fanout_plan import plan_fanout
 from shard_router.filters import Filter
@@ -68,7 +69,7 @@ class FanOut:
         A shard that fails is left out and shows in the coverage; a passed deadline fails the call.
         """
         options = _Options(filter, exact, effort, include, exclude, deadline)
-        return self._search(served, queries, k, options, min_coverage, Replica.search, merge)
+        return self._search(served, queries, k, options, min_coverage, _values, merge)
 
     def search_rendered(
         self,
@@ -86,7 +87,7 @@ class FanOut:
     ) -> Awaitable[Found[RenderedHits]]:
         """The same as `search`, with the hits as they go on the wire."""
         options = _Options(filter, exact, effort, include, exclude, deadline)
-        return self._search(served, queries, k, options, min_coverage, Replica.search_rendered, _merged)
+        return self._search(served, queries, k, options, min_coverage, _rendered, _merged)
 
     async def _search(
         self,
@@ -95,7 +96,7 @@ class FanOut:
         k: int,
         options: "_Options",
         min_coverage: float,
-        ask: Callable[..., Awaitable[ShardAnswer[Hits]]],
+        ask: "_Ask[Hits]",
         merge: Callable[[Sequence[Hits], int], Hits],
     ) -> Found[Hits]:
         began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
@@ -141,19 +142,31 @@ class _Options(NamedTuple):
     deadline: Deadline
 
 
+#: Which of a replica's two searches is wanted.
+_Ask = Callable[[ShardEndpoint], Callable[..., Awaitable[ShardAnswer[Hits]]]]
+
+
+def _values(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[list[Hit]]]]:
+    return replica.search
+
+
+def _rendered(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[RenderedHits]]]:
+    return replica.search_rendered
+
+
 async def _outcome(
     served: Served,
     shard: int,
     queries: np.ndarray,
     k: int,
     options: _Options,
-    ask: Callable[..., Awaitable[ShardAnswer[Hits]]],
+    ask: _Ask[Hits],
 ) -> ShardAnswer[Hits] | None:
     """A shard's answer; None where it failed, DeadlineExceeded where time is up."""
     filter, exact, effort, include, exclude, deadline = options
     try:
-        return await ask(
-            served.replicas[shard], queries, k, filter=filter, exact=exact, effort=effort, include=include,
+        return await ask(served.replicas[shard])(
+            queries, k, filter=filter, exact=exact, effort=effort, include=include,
             exclude=exclude, deadline=deadline,
         )  # fmt: skip
     except DeadlineExceeded:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -17,9 +18,10 @@ from index_builder.models.artifact import ArtifactRefused, fetch
 from index_builder.models.manifest import GRAPH_FILE, ModelCorrupt, ModelManifest
 from index_builder.models.reduction import Reduction, truncated
 from services.deadline import Deadline
-from services.embedder.embedder import Embedder, InputType
-from services.embedder.images import EmbeddedImages, ImageEmbedder
+from services.embedder.embedder import InputType
+from services.embedder.images import EmbeddedImages
 from services.gateway.embeddings import Embeddings, Vectors
+from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint
 from services.metadata.models import ModelState, ModelVersion
 from shard_router.errors import (
     DeadlineExceeded,
@@ -47,7 +49,7 @@ class Registered:
 class _Held:
     """A loaded model."""
 
-    embedder: Embedder | ImageEmbedder
+    embedder: EmbedderEndpoint | ImageEmbedderEndpoint
     #: The cache before an embedder of texts; pictures are not cached.
     embeddings: Embeddings | None
     graph_bytes: int
@@ -67,8 +69,8 @@ class Models:
         default: Embeddings,
         directory: Path,
         *,
-        load: Callable[[ModelManifest], Embedder | ImageEmbedder],
-        cached: Callable[[Embedder], Embeddings],
+        load: Callable[[ModelManifest], EmbedderEndpoint | ImageEmbedderEndpoint],
+        cached: Callable[[EmbedderEndpoint], Embeddings],
         max_bytes: int,
     ) -> None:
         self._default = default
@@ -195,10 +197,10 @@ class Models:
         if manifest.image is None:
             raise InvalidField("images", f"model {manifest.model} takes texts")
         held = await self._hold(manifest, deadline)
-        assert isinstance(held.embedder, ImageEmbedder), "a model of images has an embedder of them"
+        embedder = cast("ImageEmbedderEndpoint", held.embedder)
         held.in_use += 1
         try:
-            return await held.embedder.embed(images, deadline)
+            return await embedder.embed(images, deadline)
         finally:
             held.in_use -= 1
 
@@ -264,7 +266,8 @@ class Models:
                 graph_bytes = (manifest.directory / GRAPH_FILE).stat().st_size
                 await self._make_room(graph_bytes)
                 embedder = await asyncio.to_thread(self._load_embedder, manifest)
-                embeddings = None if isinstance(embedder, ImageEmbedder) else self._cached(embedder)
+                texts = manifest.image is None
+                embeddings = self._cached(cast("EmbedderEndpoint", embedder)) if texts else None
                 self._held[manifest.model] = _Held(embedder, embeddings, graph_bytes)
         except (ArtifactRefused, OSError) as error:
             self._failures += 1

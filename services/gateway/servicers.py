@@ -350,7 +350,7 @@ class ClusterService:
             replicas.append(
                 pb.Replica(
                     shard=shard,
-                    endpoint="in-process",
+                    endpoint=replica.endpoint,
                     state=state,
                     detail=detail,
                     position=int(told["position"]),

@@ -56,6 +56,9 @@ class ShardAnswer(NamedTuple, Generic[Hits]):
 class Replica:
     """A view of one shard of a collection, as far as its log was read."""
 
+    #: Where it runs, as people are told.
+    endpoint = "in-process"
+
     def __init__(
         self,
         collection: Collection,

@@ -17,6 +17,7 @@ from services.deadline import Deadline
 from services.gateway.catalog import Catalog, Served
 from services.gateway.ingest import Ingest
 from services.metadata.store import Store
+from services.shard.local_shards import LocalShards
 from shard_router.model import Metric
 
 DIM = 4
@@ -35,15 +36,16 @@ def database_url(postgres_url: str) -> Iterator[str]:
 async def catalog(database_url: str, tmp_path: Path) -> AsyncIterator[Catalog]:
     store = await Store.open(database_url)
     with ThreadPoolExecutor(1) as threads:
-        catalog = Catalog(
-            store,
+        shards = LocalShards(
             tmp_path,
+            store.follow,
             search_threads=threads,
             memtable_rows=16,
             graph_rows=50_000,
             poll_ms=20,
             device="cpu",
         )
+        catalog = Catalog(store, shards)
         await catalog.load()
         yield catalog
         await catalog.close()

@@ -1,0 +1,140 @@
+"""What the gateway asks of a shard's replica and of an embedder, wherever they run.
+
+In one process the parts themselves answer; over several, `remote_shard.py` and `remote_embedder.py` carry
+the same calls to the nodes that host them. tests/congruence runs the same cases against both.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from index_builder.models.manifest import ModelManifest
+from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
+from services.deadline import Deadline
+from services.embedder.embedder import Embedded, InputType
+from services.embedder.images import EmbeddedImages
+from services.shard.layout import SegmentStatus
+from services.shard.rendering import RenderedHits
+from services.shard.replica import ShardAnswer
+from shard_router.filters import Filter
+from shard_router.model import Collection, Hit, Include, LogDelta, Version
+
+
+class ShardEndpoint(Protocol):
+    """One replica of a shard; `services.shard.replica.Replica` says what each call promises."""
+
+    #: Set once the replica is down for good: it has to be opened anew.
+    fell: asyncio.Event
+
+    @property
+    def endpoint(self) -> str:
+        """Where it runs, as people are told."""
+
+    @property
+    def position(self) -> int:
+        """What of the log it has applied, as far as is known here."""
+
+    def offer(self, delta: LogDelta) -> bool:
+        """Hand a committed batch over; False where the replica has to read the log instead."""
+
+    def wake(self) -> None:
+        """There is something new in the log."""
+
+    async def wait_for(self, position: int, deadline: Deadline) -> bool:
+        """Whether everything up to `position` is applied before the deadline."""
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        filter: Filter | None,
+        exact: bool = False,
+        effort: Effort = DEFAULT_EFFORT,
+        include: Include = Include(),  # noqa: B008 - immutable
+        exclude: frozenset[str] = frozenset(),
+        deadline: Deadline,
+    ) -> Awaitable[ShardAnswer[list[Hit]]]:
+        """The best k documents of each query."""
+
+    def search_rendered(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        filter: Filter | None,
+        exact: bool = False,
+        effort: Effort = DEFAULT_EFFORT,
+        include: Include = Include(),  # noqa: B008 - immutable
+        exclude: frozenset[str] = frozenset(),
+        deadline: Deadline,
+    ) -> Awaitable[ShardAnswer[RenderedHits]]:
+        """The same, as it goes on the wire."""
+
+    async def count(self, filter: Filter | None) -> int:
+        """How many live documents pass."""
+
+    async def matching(self, filter: Filter | None, limit: int) -> list[tuple[str, Version]]:
+        """Ids and versions of at most `limit` that pass."""
+
+    async def vectors(self, ids: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """The vectors of those documents that are here, float32 [dim]."""
+
+    async def close(self) -> None:
+        """Ask it nothing more."""
+
+    def describe(self) -> Mapping[str, float]:
+        """What people are told, in figures."""
+
+    def condition(self) -> tuple[str, str]:
+        """`serving`, or what else is the matter, and why."""
+
+    def segments(self) -> Sequence[SegmentStatus]:
+        """What its segments are."""
+
+    def stats(self) -> Mapping[str, float]:
+        """Figures for the metrics."""
+
+
+class Shards(Protocol):
+    """Where replicas are opened."""
+
+    async def open(self, collection: Collection, shard: int, slots: np.ndarray, log_id: str) -> ShardEndpoint:
+        """A replica of a shard, which can answer by then; slots: bool [slots], those of the shard."""
+
+    async def forget(self, collection: Collection) -> None:
+        """Remove what is kept of a collection that is gone."""
+
+    async def keep_only(self, collections: Iterable[Collection]) -> None:
+        """Remove what is kept of any other collection."""
+
+
+class EmbedderEndpoint(Protocol):
+    """One model of texts; `services.embedder.embedder.Embedder` says what each call promises."""
+
+    @property
+    def manifest(self) -> ModelManifest:
+        """What is being run."""
+
+    async def embed(self, texts: Sequence[str], input_type: InputType, deadline: Deadline) -> Embedded:
+        """A vector for each text, in order."""
+
+    async def close(self) -> None:
+        """Ask it nothing more."""
+
+    def stats(self) -> Mapping[str, float]:
+        """Figures for the metrics."""
+
+
+class ImageEmbedderEndpoint(Protocol):
+    """One model of pictures; `services.embedder.images.ImageEmbedder` says what each call promises."""
+
+    manifest: ModelManifest
+
+    async def embed(self, images: Sequence[bytes], deadline: Deadline) -> EmbeddedImages:
+        """A vector for each encoded picture, in order."""
+
+    async def close(self) -> None:
+        """Ask it nothing more."""
