@@ -25,8 +25,8 @@ from shard_router.hashing import digest
 #: Packages kept out of the collection; their descriptions are the queries.
 QUERIES, QUICK_QUERIES = 512, 64
 QUICK_DOCUMENTS = 1_000
-#: Shares of the collection written twice, and written and deleted again, before anything is measured.
-_REWRITTEN, _DELETED = 0.10, 0.05
+#: Of every ten documents, how many are written twice, and how many more are written and deleted again.
+_REWRITTEN, _DELETED = 3, 1
 _BATCH = 512
 _SETTLED_S, _SETTLE_LIMIT_S = 1.5, 900.0
 
@@ -203,24 +203,26 @@ class Run:
 
 
 def _load(client: Client, collection: str, packages: Sequence[Package], vectors: np.ndarray) -> None:
-    """Write the packages with some churn on the way: in the end they are what there is, and nothing else."""
-    every = round(1 / _REWRITTEN)
-    doomed = [f"deleted-{i}" for i in range(int(len(packages) * _DELETED))]
+    """Write the packages, and churn what was indexed: in the end they are what there is, and nothing else."""
+    rewritten = {i for i in range(len(packages)) if i % 10 < _REWRITTEN}
+    doomed = [f"deleted-{i}" for i in range(len(packages) * _DELETED // 10)]
 
     def first() -> Iterator[dict[str, object]]:
         for i, package in enumerate(packages):
             # A rewritten document was somebody else's text before.
-            other = (i + 1) % len(packages) if i % every == 0 else i
+            other = (i + 1) % len(packages) if i in rewritten else i
             yield package._replace(summary=packages[other].summary).document(vectors[other])
         for id, package, vector in zip(doomed, packages, vectors, strict=False):
             yield package.document(vector) | {"id": id}
 
     def second() -> Iterator[dict[str, object]]:
-        for package, vector in zip(packages[::every], vectors[::every], strict=True):
-            yield package.document(vector)
+        for i in sorted(rewritten):
+            yield packages[i].document(vectors[i])
 
     for documents in (first(), second()):
         _require_all(client.upsert(collection, documents, batch=_BATCH).failures)
+        # What dies then lies in segments that were merged and indexed.
+        settled(client, collection)
     for start in range(0, len(doomed), _BATCH):
         client.delete(collection, ids=doomed[start : start + _BATCH])
     found = client.count(collection)

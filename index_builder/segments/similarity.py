@@ -98,7 +98,7 @@ def scan(
             barred = np.where(allowed.mask, np.float32(0), np.float32(-np.inf))
         else:
             picks = allowed.rows
-    block = vectors if picks is None else vectors[picks]
+    block = vectors if allowed is None or picks is None else allowed.vectors(vectors)
     for i, query in enumerate(queries):
         values = scores(query, block, metric)
         if barred is not None:

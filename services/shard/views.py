@@ -76,11 +76,16 @@ class SegmentView:
 
     def allowed(self, filter: Filter, digest: bytes, cache: FilterCache) -> RowSet:
         """As View says; kept for the segment, which never changes, and for its live rows while they last."""
+        segment, live = self._segment, self.live
+        # What is searched keeps its vectors where they are few.
+        kept_dim = segment.dim if live is None else 0
         passing = cache.get(
-            (self.number, _WHOLE, digest), lambda: RowSet(filters.evaluate(filter, self._segment.columns))
+            (self.number, _WHOLE, digest),
+            lambda: RowSet(filters.evaluate(filter, segment.columns), kept_dim),
         )
-        live = self.live
-        return passing if live is None else cache.get((self._serial, _LIVE, digest), lambda: passing & live)
+        if live is None:
+            return passing
+        return cache.get((self._serial, _LIVE, digest), lambda: passing.intersection(live, segment.dim))
 
     def search(
         self, queries: np.ndarray, k: int, allowed: RowSet | None, exact: bool, effort: Effort
