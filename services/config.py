@@ -98,7 +98,7 @@ class ShardSettings(Section):
 class CacheSettings(Section):
     """The two tiers."""
 
-    #: An existing server; otherwise one is started from its wheel.
+    #: An existing server, or redis+cluster://HOST:PORT,HOST:PORT; otherwise one is started from its wheel.
     redis_url: str | None = None
     l1_bytes: int = Field(64 * 1024 * 1024, ge=0)
     redis_max_bytes: int = Field(256 * 1024 * 1024, ge=1024 * 1024)

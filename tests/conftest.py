@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
+from valkeys import ValkeyCluster
 
 from services.data_dir import DataDir
 from services.servers.child import free_port as choose_port
@@ -98,6 +99,24 @@ def postgres_url(session_servers: SessionServers) -> str:
 def valkey_url(session_servers: SessionServers) -> str:
     """A Valkey for the session, 64 MiB."""
     return session_servers.run(session_servers.supervisor.start_valkey(maxmemory_bytes=64 * 1024 * 1024))
+
+
+@pytest.fixture(scope="session")
+def cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Cluster of three Valkeys for the session."""
+    cluster = ValkeyCluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.start()
+        yield cluster.url
+    finally:
+        cluster.kill()
+
+
+@pytest.fixture(params=["standalone", "cluster"])
+def redis_url(request: pytest.FixtureRequest) -> str:
+    """Either kind of second tier, as a setting names it."""
+    url: str = request.getfixturevalue("valkey_url" if request.param == "standalone" else "cluster_url")
+    return url
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import hashlib
 
 EMBEDDING_PREFIX = b"rf1:e:"
 ANSWER_PREFIX = b"rf1:a:"
+COPY_PREFIX = b"rf1+"
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -50,3 +51,13 @@ def answer_key(
             options,
         )
     )
+
+
+def copy_of(key: bytes, number: int) -> bytes:
+    """The name of a copy of a hot key, in another slot of a Cluster; 0 is the key itself."""
+    return COPY_PREFIX + b"%d:" % number + key if number else key
+
+
+def original_of(name: bytes) -> bytes:
+    """The key that a name is a copy of, or is."""
+    return name.split(b":", 1)[1] if name.startswith(COPY_PREFIX) else name

@@ -8,12 +8,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from redis.asyncio import Redis
-from redis.exceptions import InvalidResponse
-
-from services.cache.background import end, start
+from services import tasks
+from services.cache.background import start
 from services.cache.frame import unseal
 from services.cache.health import Health
+from services.cache.server import Server
 
 #: Keys of one MGET; more would hold up everyone behind it.
 MAX_BATCH_KEYS = 512
@@ -54,14 +53,14 @@ class Reads:
 
     def __init__(
         self,
-        redis: Redis,
+        server: Server,
         health: Health,
         on_value: Callable[[bytes, bytes], None],
         *,
         op_timeout_ms: int,
         max_pending: int,
     ) -> None:
-        self._redis = redis
+        self._server = server
         self._health = health
         self._on_value = on_value
         self._op_timeout_ms = op_timeout_ms
@@ -148,14 +147,11 @@ class Reads:
 
     async def _mget(self, keys: list[bytes]) -> Values:
         self.batches += 1
-        replies = await self._redis.mget(keys)
-        if not isinstance(replies, list) or len(replies) != len(keys):
-            raise InvalidResponse(f"an MGET of {len(keys)} keys was not answered with as many values")
         values = {}
-        for key, data in zip(keys, replies, strict=True):
-            if data is None:
+        for key, data in zip(keys, await self._server.get(keys), strict=True):
+            if not isinstance(data, bytes):  # nothing, or a refusal of this one key
                 self.misses += 1
-            elif not isinstance(data, bytes) or (value := unseal(data)) is None:
+            elif (value := unseal(data)) is None:
                 self.misses += 1
                 self.corrupt += 1
             else:
@@ -170,4 +166,4 @@ class Reads:
         while self._waiting:
             self._waiting.pop().settle(NOTHING)
         self._waiting_keys = 0
-        await end(list(self._lanes))
+        await tasks.end(*self._lanes)

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from services.cache.policy import ENTRY_BYTES, S3Fifo
-from services.cache.redis_tier import RedisTier
+from services.cache.redis_cluster import RedisCluster
+from services.cache.redis_tier import CONNECTIONS, RedisTier, SecondTier
+from services.cache.redis_url import RedisUrl
+from services.cache.server import Server
 
 _NO_REDIS: dict[str, int | str] = {
     "name": "REDIS",
@@ -46,15 +49,19 @@ class CacheTier:
         self._l1: S3Fifo[bytes] = S3Fifo(l1_bytes)
         self._l1_hits = 0
         self._l1_misses = 0
-        self._redis: RedisTier | None = None
+        self._redis: SecondTier | None = None
         if redis_url is not None:
-            self._redis = RedisTier(
-                redis_url,
-                self._promote,
-                op_timeout_ms=op_timeout_ms,
-                max_pending=max_pending,
-                rng=rng or random.Random(),
+            self._redis = self._behind(
+                RedisUrl.parse(redis_url), op_timeout_ms, max_pending, rng or random.Random()
             )
+
+    def _behind(self, url: RedisUrl, op_timeout_ms: int, max_pending: int, rng: random.Random) -> SecondTier:
+        if url.cluster:
+            return RedisCluster(
+                url, self._promote, op_timeout_ms=op_timeout_ms, max_pending=max_pending, rng=rng
+            )
+        server = Server(url, url.seeds[0], connections=CONNECTIONS, op_timeout_ms=op_timeout_ms)
+        return RedisTier(server, self._promote, op_timeout_ms=op_timeout_ms, max_pending=max_pending, rng=rng)
 
     async def open(self) -> None:
         """Looks for Redis, a second at most; one that is away is used when it comes."""
@@ -91,7 +98,7 @@ class CacheTier:
         self._l1_misses += len(missing)
         if not missing or not far or not self._redis:
             return found
-        values = await self._redis.reads.fetch(missing)
+        values = await self._redis.fetch(missing)
         if values:
             for i, key in enumerate(keys):
                 if found[i] is None and (value := values.get(key)) is not None:
@@ -106,7 +113,7 @@ class CacheTier:
         for key, value in items:
             self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
             if self._redis:
-                self._redis.writes.offer(key, value, ttl_s)
+                self._redis.offer(key, value, ttl_s)
 
     def drop(self, key: bytes) -> None:
         """Forget the key in L1, so that the next `get_many` asks Redis."""

@@ -8,10 +8,9 @@ import asyncio
 import logging
 from typing import NamedTuple
 
-from redis.asyncio import Redis
-
 from services.cache.frame import seal
 from services.cache.health import Health
+from services.cache.server import Command, Server
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +32,8 @@ class _Write(NamedTuple):
 class Writes:
     """Takes values at once and writes them soon; of two of the same key, the later."""
 
-    def __init__(self, redis: Redis, health: Health, *, max_pending: int, give_up_ms: int) -> None:
-        self._redis = redis
+    def __init__(self, server: Server, health: Health, *, max_pending: int, give_up_ms: int) -> None:
+        self._server = server
         self._health = health
         self._max_pending = max_pending
         #: When a pipeline is given up as a whole.
@@ -107,12 +106,13 @@ class Writes:
 
     async def _write(self, batch: dict[bytes, _Write]) -> None:
         """One pipeline; a SET that Redis refuses (no memory, read-only) says nothing against its health."""
-        pipe = self._redis.pipeline(transaction=False)
-        for key, write in batch.items():
-            pipe.set(key, seal(write.payload), px=write.ttl_ms)
+        commands: list[Command] = [
+            ("SET", key, seal(write.payload), *(() if write.ttl_ms is None else ("PX", write.ttl_ms)))
+            for key, write in batch.items()
+        ]
         try:
-            async with asyncio.timeout(self._give_up_ms / 1000), pipe:
-                replies = await pipe.execute(raise_on_error=False)
+            async with asyncio.timeout(self._give_up_ms / 1000):
+                replies = await self._server.run(commands)
         except Exception as error:  # whatever went wrong, the writer goes on
             self.dropped += len(batch)
             self._health.failed(error)

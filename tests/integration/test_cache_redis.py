@@ -5,7 +5,9 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from cache_tiers import eventually
 from redis.asyncio import Redis
+from valkeys import client_of
 
 from services.cache.frame import seal, unseal
 from services.cache.tier import CacheTier, Found
@@ -15,11 +17,11 @@ PATIENT_MS = 5_000
 
 
 @pytest.fixture
-async def new_tier(valkey_url: str) -> AsyncIterator[Callable[..., CacheTier]]:
+async def new_tier(redis_url: str) -> AsyncIterator[Callable[..., CacheTier]]:
     """Tiers on the session's server, closed at the end; each is a gateway with an L1 of its own."""
     made: list[CacheTier] = []
 
-    async def make(url: str = valkey_url, **options: int) -> CacheTier:
+    async def make(url: str = redis_url, **options: int) -> CacheTier:
         tier = CacheTier(**{"l1_bytes": 4_000_000, "redis_url": url, "op_timeout_ms": PATIENT_MS, **options})
         made.append(tier)
         await tier.open()
@@ -31,10 +33,14 @@ async def new_tier(valkey_url: str) -> AsyncIterator[Callable[..., CacheTier]]:
 
 
 @pytest.fixture
-async def server(valkey_url: str) -> AsyncIterator[Redis]:
-    client = Redis.from_url(valkey_url)
+async def server(redis_url: str) -> AsyncIterator[Redis]:
+    client = client_of(redis_url)
     yield client
     await client.aclose()
+
+
+#: For what only one server can show.
+standalone = pytest.mark.parametrize("redis_url", ["standalone"], indirect=True)
 
 
 @pytest.fixture
@@ -44,10 +50,11 @@ def key() -> Callable[[object], bytes]:
     return lambda name: f"{prefix}:{name}".encode()
 
 
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - what the server does sets no event
-            await asyncio.sleep(0.005)
+@pytest.fixture
+def together(key: Callable[[object], bytes]) -> Callable[[object], bytes]:
+    """Keys that lie on one server of a Cluster, whose queues are each bounded for themselves."""
+    tag = uuid.uuid4().hex.encode()
+    return lambda name: b"{%s}" % tag + key(name)
 
 
 def written(tier: CacheTier, count: int) -> Callable[[], bool]:
@@ -76,6 +83,7 @@ async def test_a_stop_writes_what_was_queued(new_tier, key):
     assert found == [Found(b"x" * 1_000, "REDIS")] * 1_000
 
 
+@standalone
 async def test_all_reads_of_a_tick_are_one_mget_without_duplicates(new_tier, server, key):
     one, other = await new_tier(), await new_tier()
     one.put_many([(key(i), b"%d" % i) for i in range(20)])
@@ -87,6 +95,7 @@ async def test_all_reads_of_a_tick_are_one_mget_without_duplicates(new_tier, ser
     assert (other.stats()["redis_reads_total"], other.stats()["redis_hits_total"]) == (1, 20)
 
 
+@standalone
 async def test_many_keys_are_several_mgets_and_all_are_found(new_tier, key):
     one, other = await new_tier(), await new_tier()
     one.put_many([(key(i), b"%d" % i) for i in range(1_300)])
@@ -130,6 +139,7 @@ async def test_what_is_damaged_or_not_ours_is_a_miss_and_counted(new_tier, serve
     assert tier.tiers()[1]["state"] == "up"
 
 
+@standalone
 async def test_a_value_put_while_redis_is_asked_is_newer_and_stays(new_tier, server, key):
     tier = await new_tier()
     await server.set(key("a"), seal(b"old"))
@@ -162,24 +172,24 @@ async def test_a_caller_who_leaves_disturbs_nobody(new_tier, server, key):
     assert leaver.cancelled()
 
 
-async def test_too_many_reads_are_misses(new_tier, server, key):
+async def test_too_many_reads_are_misses(new_tier, server, together):
     tier = await new_tier(max_pending=10)
-    await server.set(key(0), seal(b"1"))
-    assert await tier.get_many([key(i) for i in range(11)]) == [None] * 11
+    await server.set(together(0), seal(b"1"))
+    assert await tier.get_many([together(i) for i in range(11)]) == [None] * 11
     assert tier.stats()["redis_reads_shed_total"] == 11
-    assert (await tier.get_many([key(0)])) == [Found(b"1", "REDIS")]
+    assert (await tier.get_many([together(0)])) == [Found(b"1", "REDIS")]
 
 
-async def test_too_many_and_too_large_writes_are_dropped_from_redis_alone(new_tier, server, key):
+async def test_too_many_and_too_large_writes_are_dropped_from_redis_alone(new_tier, server, together):
     tier = await new_tier(max_pending=10)
-    tier.put_many([(key(i), b"%d" % i) for i in range(30)])
+    tier.put_many([(together(i), b"%d" % i) for i in range(30)])
     assert tier.stats()["redis_writes_dropped_total"] == 20
     await eventually(written(tier, 10))
-    tier.put_many([(key("large"), bytes(1024 * 1024 + 1))])
+    tier.put_many([(together("large"), bytes(1024 * 1024 + 1))])
     assert tier.stats()["redis_writes_dropped_total"] == 21
-    assert tier.peek(key(29)) == b"29"
-    assert tier.peek(key("large")) is not None
-    assert await server.exists(key(29), key("large")) == 0
+    assert tier.peek(together(29)) == b"29"
+    assert tier.peek(together("large")) is not None
+    assert [await server.exists(together(29)), await server.exists(together("large"))] == [0, 0]
 
 
 async def test_the_tier_describes_the_server(new_tier, key):
@@ -204,10 +214,10 @@ async def test_a_closed_tier_answers_from_l1_and_closes_twice(new_tier, server, 
     await tier.close()
 
 
-async def test_closes_at_whatever_moment(valkey_url):
+async def test_closes_at_whatever_moment(redis_url):
     """Python 3.11 loses a cancellation that comes as the client's send completes."""
     for moment in range(60):
-        tier = CacheTier(l1_bytes=0, redis_url=valkey_url, op_timeout_ms=PATIENT_MS)
+        tier = CacheTier(l1_bytes=0, redis_url=redis_url, op_timeout_ms=PATIENT_MS)
         await tier.open()
         for _ in range(moment % 20):
             await asyncio.sleep(0)
@@ -215,6 +225,7 @@ async def test_closes_at_whatever_moment(valkey_url):
             await tier.close()
 
 
+@standalone
 async def test_a_wrong_password_is_an_outage_not_an_error(new_tier, valkey_url, key, caplog):
     user, host = valkey_url.rsplit("@", 1)
     tier = await new_tier(f"{user.rsplit(':', 1)[0]}:wrong@{host}")
