@@ -1,10 +1,7 @@
 """`python -m loadtests.bench`: measure, print one table, write build/bench.json."""
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import signal
 import sys
 import time
@@ -12,11 +9,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import cache, corpus, e2e, embed, ingest, quality, search, start
+from loadtests import cache, corpus, e2e, embed, ingest, machine, quality, search, start
 from loadtests.run import Run
 from loadtests.scoreboard import FAMILIES, Measured, Row, entry, of_families
 
@@ -31,7 +27,6 @@ MEASURES: Mapping[str, Callable[[Run], Iterator[Measured]]] = {
     "start": start.measure,
 }
 BUILD = Path(__file__).parents[1] / "build"
-_LIBRARIES = ("onnxruntime", "faiss-cpu", "grpcio", "numpy", "protobuf")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     measured: dict[str, Measured] = {}
     failed: list[str] = []
-    machine = _machine()
+    told = machine.described()
     with Run(
         corpus_file=options.corpus,
         documents=options.documents,
@@ -70,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = of_families(families)
     entries = {row.name: entry(row, measured.get(row.name)) for row in rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine | {"quick": options.quick}, "ratios": entries}
+    report = {"machine": told | {"quick": options.quick}, "ratios": entries}
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     Console(width=None if sys.stdout.isatty() else 150).print(_table(rows, entries))
     return 1 if failed else 0
@@ -107,31 +102,6 @@ def _families(text: str) -> list[str]:
         if name not in FAMILIES:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(FAMILIES)}")
     return names
-
-
-def _machine() -> dict[str, object]:
-    """What the figures were taken on, and how busy it was before."""
-    model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")),
-        platform.processor(),
-    )  # fmt: skip
-    return {
-        "cpu": model,
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "load_before": os.getloadavg()[0],
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-    }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _table(rows: Sequence[Row], entries: Mapping[str, Mapping[str, object]]) -> Table:

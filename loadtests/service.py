@@ -50,12 +50,19 @@ class Service:
             self.ready_s = time.perf_counter() - began
             #: HOST:PORT of gRPC.
             self.grpc = str(ready["grpc"])
+            #: HOST:PORT of HTTP.
+            self.http = str(ready["http"])
         except (ValueError, KeyError) as error:
             self._end()
             raise ServiceFailed(f"not ready within {within_s:g} s: {self._last_words()}") from error
         except BaseException:
             self._end()
             raise
+
+    @property
+    def pid(self) -> int:
+        """Its own process; its servers are children of that."""
+        return self._process.pid
 
     def processor_s(self) -> float:
         """Processor seconds so far of the service and the servers it started."""

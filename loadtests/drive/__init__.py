@@ -1,0 +1,1 @@
+"""Open-loop load: calls come when they come, whether or not the service keeps up."""

@@ -1,0 +1,49 @@
+"""The driver against a real service: a pause of a second is paid for by a share of the calls, and is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loadtests.drive.__main__ import main
+
+SCENARIO = """
+name: paused
+about: A service that stands still for a second.
+rate: 40
+seconds: 5
+warm_up_s: 1
+arrival: constant
+population: 50
+processes: 2
+operations:
+  - {kind: search_vector, cache: false, weight: 3}
+  - {kind: upsert}
+faults:
+  - {at_s: 2, kind: pause, target: service, for_s: 1}
+  - {at_s: 3.2, kind: delay, target: redis, delay_ms: 30, for_s: 0.2}
+"""
+
+
+def test_a_pause_shows_in_proportion(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenario, out = tmp_path / "paused.yaml", tmp_path / "paused.json"
+    scenario.write_text(SCENARIO)
+    options = ["--documents", "100", "--models", str(model_dir), "--out", str(out), "--report", "--json"]
+    assert main(["run", str(scenario), *options]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["result"] == str(out)
+    progress = [json.loads(line) for line in printed.err.splitlines()]
+    assert progress[-1]["answered"] > 0
+    told = json.loads(out.read_text())
+    [run] = told["runs"]
+    assert run["all"]["due"] == 200
+    assert run["all"]["failed_share"] == 0
+    assert {fault["kind"] for fault in run["faults"]} == {"pause", "delay"}
+    # A fifth of the calls were due while it stood still, for half a second each in the middle.
+    latency_ms = run["all"]["latency_ms"]
+    assert latency_ms["p99"] >= 900
+    assert latency_ms["p90"] >= 450
+    assert set(run["operations"]) == {"search_vector_uncached", "upsert"}
+    assert out.with_suffix("").joinpath("time.png").exists()
