@@ -88,7 +88,7 @@ def measure(
     recall = 0.0
     for knob in index.ladder:
         found = index.candidates(queries, min(index.pool(ASKED_K, knob), index.shape[0]), None, knob)
-        scores, _ = similarity.rescore(queries, vectors, found, k, metric)
+        scores, _ = similarity.rescore(queries, vectors.__getitem__, found, k, metric)
         recall = max(recall, float(np.mean(scores >= exact[:, -1:])))
         rungs.append((knob, recall))
         if recall >= _ENOUGH_RECALL:

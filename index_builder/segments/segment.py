@@ -30,6 +30,7 @@ from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort, IndexKind
 from index_builder.segments.inverted import InvertedIndex
 from index_builder.segments.quantized import QuantizedIndex
 from index_builder.segments.row_set import RowSet
+from index_builder.segments.vector_file import VectorFile
 from shard_router.errors import SegmentCorrupt
 from shard_router.model import LogRow, Metric, Schema
 
@@ -70,14 +71,14 @@ class Segment:
         directory: Path,
         header: _Header,
         contents: Contents,
-        vectors: mmap.mmap,
+        vectors: VectorFile,
         index: CandidateIndex | None,
     ) -> None:
         self.directory, self.rows, self.dim = directory, header.rows, header.dim
         self.metric, self.covers = header.metric, header.covers
         #: float32 [rows, dim], as prepared for the metric.
-        self.vectors = np.frombuffer(vectors, "<f4").reshape(header.rows, header.dim)
-        self._map = vectors
+        self.vectors = vectors.mapped
+        self._vector_file = vectors
         self.contents = contents
         self.columns = contents.columns
         self.find = contents.find
@@ -191,7 +192,8 @@ class Segment:
                 if index.shape != (header.rows, header.dim):
                     raise SegmentCorrupt(str(directory), f"the index is of {index.shape}")
             contents = Contents(arrays, schema, header.rows)
-            made = cls(directory, header, contents, _map(directory / _VECTORS), index)
+            vectors = VectorFile(directory / _VECTORS, header.rows, header.dim)
+            made = cls(directory, header, contents, vectors, index)
             if index is not None:
                 made._index = devices.on(device, index, made.vectors, header.metric)
             return made
@@ -226,7 +228,7 @@ class Segment:
         if knob is None or usable <= max(index.pool(k, knob), int(self.rows * index.scan_share)):
             return similarity.scan(queries, self.vectors, allowed, k, self.metric)
         pools = index.candidates(queries, index.pool(k, knob), allowed, knob)
-        scores, rows = similarity.rescore(queries, self.vectors, pools, k, self.metric)
+        scores, rows = similarity.rescore(queries, self._vector_file.take, pools, k, self.metric)
         # A walk may end among what is not allowed, or in a corner of the graph; and FAISS leaves out
         # what lies beyond float32.
         short = np.flatnonzero((pools < 0).any(axis=1))
@@ -249,7 +251,7 @@ class Segment:
 
     def release_vectors(self) -> None:
         """Let go of the vectors' pages in memory; they are mapped again from the file when next read."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self._vector_file.release()
 
     def ids(self) -> list[str]:
         """Every row's id, in order of row."""

@@ -1,5 +1,7 @@
 """How alike two vectors are, computed so that every path to a document gives the very same score."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from index_builder.segments.row_set import RowSet
@@ -111,24 +113,28 @@ def scan(
 
 
 def rescore(
-    queries: np.ndarray, vectors: np.ndarray, candidates: np.ndarray, k: int, metric: Metric
+    queries: np.ndarray,
+    take: Callable[[np.ndarray], np.ndarray],
+    candidates: np.ndarray,
+    k: int,
+    metric: Metric,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best k of each query's candidates, exactly: the scores are those of `scores`, bit for bit.
 
-    queries: float32 [q, dim], vectors: float32 [n, dim], both prepared; candidates: rows int64 [q, c], -1
-    for none. Returns scores float32 [q, k], best first, -inf where there are no more, and rows int64
-    [q, k], -1 there.
+    queries: float32 [q, dim], prepared; take: gives the prepared vectors of rows int64 [...] as float32
+    [..., dim], any for -1; candidates: rows int64 [q, c], -1 for none. Returns scores float32 [q, k], best
+    first, -inf where there are no more, and rows int64 [q, k], -1 there.
     """
     found = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     width = min(k, candidates.shape[1])
-    step = max(1, _RESCORED_VALUES // (candidates.shape[1] * vectors.shape[1]))
+    step = max(1, _RESCORED_VALUES // (candidates.shape[1] * queries.shape[1]))
     for start in range(0, len(queries), step):
         picks, some = candidates[start : start + step], queries[start : start + step, None, :]
-        # Where there is no candidate, row 0 stands in and is struck out below.
-        block = np.take(vectors, picks, axis=0, mode="clip")
+        # Where there is no candidate, what stands in is struck out below.
+        block = take(picks)
         if metric is Metric.L2:
-            np.subtract(block, some, out=block)
+            block = np.subtract(block, some)
             values = np.vecdot(block, block)
             np.negative(values, out=values)
         else:
