@@ -208,7 +208,7 @@ class Catalog:
         log_id, collections = self.store.log_id, await self.store.collections()
         for served in await _all_or_none((self._open(c) for c in collections), _close):
             self._index(served)
-        await self._shards.keep_only(collections)
+        await self._shards.keep_only((c.uid, c.generation) for c in collections)
         self._log_id = log_id
 
     async def _drop(self, served: Served) -> None:

@@ -107,8 +107,8 @@ class Shards(Protocol):
     async def forget(self, collection: Collection) -> None:
         """Remove what is kept of a collection that is gone."""
 
-    async def keep_only(self, collections: Iterable[Collection]) -> None:
-        """Remove what is kept of any other collection."""
+    async def keep_only(self, collections: Iterable[tuple[int, int]]) -> None:
+        """Remove what is kept of any collection but those of these (uid, generation)."""
 
 
 class EmbedderEndpoint(Protocol):

@@ -87,9 +87,9 @@ class LocalShards:
         """Remove what lies here of a collection that is gone; its replicas are closed."""
         await asyncio.to_thread(shutil.rmtree, self._folder(collection), ignore_errors=True)
 
-    async def keep_only(self, collections: Iterable[Collection]) -> None:
-        """Remove what lies here of any other collection."""
-        known = {self._folder(collection).name for collection in collections}
+    async def keep_only(self, collections: Iterable[tuple[int, int]]) -> None:
+        """Remove what lies here of any collection but those of these (uid, generation)."""
+        known = {_name(*each) for each in collections}
         if self._directory.is_dir():
             for leftover in self._directory.iterdir():
                 if leftover.name not in known:
@@ -97,4 +97,8 @@ class LocalShards:
                     await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
 
     def _folder(self, collection: Collection) -> Path:
-        return self._directory / f"{collection.uid}-{collection.generation}"
+        return self._directory / _name(collection.uid, collection.generation)
+
+
+def _name(uid: int, generation: int) -> str:
+    return f"{uid}-{generation}"
