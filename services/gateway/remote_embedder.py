@@ -52,14 +52,19 @@ class Replicas:
     def __len__(self) -> int:
         return len(self._asked)
 
-    def join(self, peer: EmbedderPeer) -> None:
-        """Ask that process too, from now on."""
-        self._asked[peer.name] = _Asked(peer)
+    def join(self, name: str, peer: EmbedderPeer) -> None:
+        """Ask that process too, from now on; whoever makes the peer leaves it to us."""
+        self._asked[name] = _Asked(peer)
 
-    def leave(self, name: str) -> "EmbedderPeer | None":
-        """Ask that process nothing more; it, where it was asked."""
-        asked = self._asked.pop(name, None)
-        return asked.peer if asked else None
+    async def leave(self, name: str) -> None:
+        """Ask that process nothing more."""
+        if (asked := self._asked.pop(name, None)) is not None:
+            await asked.peer.close()
+
+    async def close(self) -> None:
+        """Ask no process any more."""
+        for name in list(self._asked):
+            await self.leave(name)
 
     async def ask(
         self,
@@ -71,11 +76,12 @@ class Replicas:
         tried: set[str] = set()
         why = "none has joined"
         for _ in range(_TRIES):
-            asked = self._chosen(tried)
-            if asked is None:
+            name = self._chosen(tried)
+            if name is None:
                 break
+            asked = self._asked[name]
+            tried.add(name)
             deadline.require("the embedder")
-            tried.add(asked.peer.name)
             asked.outstanding += count
             try:
                 with asked.peer.calling() as stub:
@@ -89,19 +95,22 @@ class Replicas:
                 asked.outstanding -= count
         raise EmbedderUnavailable(self._model, why)
 
-    def _chosen(self, tried: set[str]) -> _Asked | None:
-        candidates = [asked for name, asked in self._asked.items() if name not in tried]
-        if len(candidates) > 2:
-            candidates = self._rng.sample(candidates, 2)
-        return min(candidates, key=lambda asked: asked.outstanding, default=None)
+    def _chosen(self, tried: set[str]) -> str | None:
+        names = [name for name in self._asked if name not in tried]
+        if len(names) > 2:
+            names = self._rng.sample(names, 2)
+        return min(names, key=lambda name: self._asked[name].outstanding, default=None)
 
 
 class RemoteEmbedder:
     """A model of texts on other processes; calls of one turn and one kind travel together."""
 
-    def __init__(self, manifest: ModelManifest, replicas: Replicas) -> None:
+    def __init__(
+        self, manifest: ModelManifest, replicas: Replicas, on_close: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`on_close` ends the processes."""
         self.manifest = manifest
-        self._replicas = replicas
+        self._replicas, self._on_close = replicas, on_close
         self._coalescer: Coalescer[InputType, Sequence[str], Embedded] = Coalescer(
             self._send, f"embedding by {manifest.model}"
         )
@@ -122,6 +131,7 @@ class RemoteEmbedder:
         """Ask them nothing more."""
         self._closed = True
         await self._coalescer.close()
+        await self._on_close()
 
     def stats(self) -> dict[str, float]:
         """Figures of this side; each process has its own."""
@@ -158,9 +168,12 @@ class RemoteEmbedder:
 class RemoteImageEmbedder:
     """A model of pictures on other processes."""
 
-    def __init__(self, manifest: ModelManifest, replicas: Replicas) -> None:
+    def __init__(
+        self, manifest: ModelManifest, replicas: Replicas, on_close: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`on_close` ends the processes."""
         self.manifest = manifest
-        self._replicas = replicas
+        self._replicas, self._on_close = replicas, on_close
 
     async def embed(self, images: Sequence[bytes], deadline: Deadline) -> EmbeddedImages:
         """A vector for each encoded picture, in order; the errors of `ImageEmbedder.embed`."""
@@ -173,4 +186,5 @@ class RemoteImageEmbedder:
         return images_from(await self._replicas.ask(len(images), deadline, embed), self.manifest.dim)
 
     async def close(self) -> None:
-        """Nothing of it is here."""
+        """Ask them nothing more."""
+        await self._on_close()

@@ -302,13 +302,14 @@ class ClusterService:
         config: Config,
         *,
         release: str,
+        composition: str,
         components: Callable[[], Mapping[str, tuple[str, str]]],
     ) -> None:
         self._catalog = catalog
         self._cache = cache
         self._answers = answers
         self._config = config
-        self._release = release
+        self._release, self._composition = release, composition
         self._components = components
         self._began = time.monotonic()
 
@@ -316,7 +317,7 @@ class ClusterService:
         limits = self._config.gateway.limits
         return pb.DescribeResponse(
             version=self._release,
-            composition="embedded",
+            composition=self._composition,
             uptime_s=time.monotonic() - self._began,
             limits=pb.Limits(
                 max_k=limits.max_k,

@@ -1,6 +1,7 @@
 """The room's door: one database, opened, claimed and ready."""
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from services.metadata.database import Database, connection_arguments, first_lin
 from services.metadata.documents import Documents
 from services.metadata.log import Log
 from services.metadata.models import ModelVersions
-from services.metadata.ownership import Ownership
+from services.metadata.ownership import BorrowedClaim, Claim, Ownership
 from services.metadata.registry import Registry
 from services.metadata.schema import StartupRefused
 from services.metadata.statements import bare_statement
@@ -86,6 +87,25 @@ class Store:
         store = cls(database, ownership, writers=max(1, pool_size // 2), tombstone_ttl_s=tombstone_ttl_s)
         store._tombstones.start()
         return store
+
+    @classmethod
+    async def borrow(
+        cls, url: str, claim: BorrowedClaim, *, pool_size: int, statement_timeout_ms: int = 10_000
+    ) -> "Store":
+        """The store, for a process beside the one that holds the claim, migrates and forgets old deletes."""
+        database = Database(
+            connection_arguments(url, statement_timeout_ms),
+            pool_size=pool_size,
+            statement_timeout_ms=statement_timeout_ms,
+            check_identity=claim.check_identity,
+        )
+        await database.open()
+        return cls(database, claim, writers=max(1, pool_size // 2), tombstone_ttl_s=math.inf)
+
+    @property
+    def claim(self) -> Claim:
+        """The claim to the database, held or not."""
+        return self._ownership.claim
 
     @property
     def log_id(self) -> str:

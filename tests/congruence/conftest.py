@@ -95,10 +95,9 @@ async def embedder(request: pytest.FixtureRequest, model: OnnxModel) -> AsyncIte
         port = Port({EMBEDDER_SERVICE: EmbedderNode(embedder)}, TOKEN)
         stack.push_async_callback(port.stop, 0)
         peer = Peer("embedder-0", EmbedderNodeStub, TOKEN)
-        stack.push_async_callback(peer.close)
         peer.move(await port.start())
         replicas = Replicas(model.manifest.model, random.Random(1))
-        replicas.join(peer)
-        remote = RemoteEmbedder(model.manifest, replicas)
+        replicas.join("embedder-0", peer)
+        remote = RemoteEmbedder(model.manifest, replicas, replicas.close)
         stack.push_async_callback(remote.close)
         yield remote

@@ -87,7 +87,7 @@ class Setting:
         )
         return ModelVersion(f"m{i}", number, state, "/artifact", manifest.encode().decode(), 1)
 
-    def _load(self, manifest: ModelManifest) -> Fake:
+    async def _load(self, manifest: ModelManifest) -> Fake:
         if self.failure:
             raise self.failure
         self.loaded.append(manifest.model)
