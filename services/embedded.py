@@ -34,6 +34,7 @@ from services.gateway.embeddings import Embeddings
 from services.gateway.fanout import FanOut
 from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
+from services.gateway.local_shards import LocalShards
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
 from services.gateway.recommend import Recommend
@@ -277,7 +278,7 @@ class Embedded:
         settings = self._config.shard
         threads = ThreadPoolExecutor(settings.threads or usable_cpus(), thread_name_prefix="search")
         self._stack.callback(threads.shutdown)
-        catalog = Catalog(
+        shards = LocalShards(
             store,
             data_dir.segments,
             search_threads=threads,
@@ -286,6 +287,7 @@ class Embedded:
             poll_ms=settings.poll_ms,
             device=settings.device,
         )
+        catalog = Catalog(store, shards)
         self._stack.push_async_callback(catalog.close)
         await catalog.load()
         return catalog
