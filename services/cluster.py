@@ -19,6 +19,7 @@ from services.config import Config
 from services.data_dir import DataDir
 from services.deadline import Deadline
 from services.embedded import Embedded
+from services.gateway.catalog import Catalog
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint, Shards
 from services.gateway.remote_embedder import RemoteEmbedder, RemoteImageEmbedder, Replicas
 from services.gateway.remote_shards import RemoteShards
@@ -62,6 +63,8 @@ class Cluster(Embedded):
         #: By NAME@VERSION.
         self._replicas: dict[str, Replicas] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        #: The collections, once they are opened.
+        self._served: Catalog | None = None
 
     async def _spread(self, store: Store, data_dir: DataDir) -> None:
         """The head's internal server, and the nodes that hold shards."""
@@ -103,6 +106,10 @@ class Cluster(Embedded):
 
     def _shards(self, store: Store, data_dir: DataDir) -> Shards:
         return self._remote_shards
+
+    async def _catalog(self, store: Store, data_dir: DataDir) -> Catalog:
+        self._served = await super()._catalog(store, data_dir)
+        return self._served
 
     async def _load(self, manifest: ModelManifest) -> EmbedderEndpoint | ImageEmbedderEndpoint:
         """A model in processes of its own, one of which is up by then."""
@@ -150,6 +157,8 @@ class Cluster(Embedded):
         """Somebody joined or left."""
         if member.kind == "shard":
             self._remote_shards.move(member.name, member.address if here else "")
+            if here and self._served is not None:
+                self._served.hurry()
         elif (replicas := self._replicas.get(member.model)) is not None:
             if here:
                 peer = Peer(f"embedder {member.name}", EmbedderNodeStub, self._token)

@@ -1,7 +1,8 @@
 """A shard's replica on another process: ShardEndpoint over gRPC.
 
-What it says of itself is heard all the time and kept here, so that looking costs no call. While its process
-is away, calls are Unavailable at once; when it is back, maybe elsewhere, the replica is opened there again.
+What it says of itself is heard all the time and kept here, so that looking costs no call. When its process
+cannot be heard any more it has fallen, as one that lost its log: calls are Unavailable at once, and whoever
+opened it opens another, which is not asked before it has caught up.
 """
 
 import asyncio
@@ -24,7 +25,13 @@ from services.shard.layout import SegmentStatus
 from services.shard.parcels import Asked
 from services.shard.rendering import RenderedHits
 from services.shard.replica import ShardAnswer
-from shard_router.errors import DeadlineExceeded, DimensionMismatch, RingfortError, Unavailable
+from shard_router.errors import (
+    DeadlineExceeded,
+    DimensionMismatch,
+    PreconditionFailed,
+    RingfortError,
+    Unavailable,
+)
 from shard_router.filters import Filter
 from shard_router.model import Collection, Hit, Include, LogDelta, Version
 
@@ -41,8 +48,6 @@ OPEN_S = 600.0
 READ_S = 10.0
 #: A replica is watched in calls of this length.
 _WATCH_S = 3_600.0
-#: Pauses between attempts to find the replica again.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 #: Committed batches that wait to be handed over; beyond it the replica reads the log.
 _OFFERS_MOST, _OFFER_ROWS_MOST = 64, 16_384
 
@@ -50,21 +55,19 @@ _OFFERS_MOST, _OFFER_ROWS_MOST = 64, 16_384
 class RemoteShard:
     """One replica of a shard, on a node."""
 
-    def __init__(
-        self, peer: ShardPeer, collection: Collection, shard: int, slots: np.ndarray, log_id: str
-    ) -> None:
+    def __init__(self, peer: ShardPeer, collection: Collection, shard: int, replica: int) -> None:
         """Use `open`; this only puts the parts together."""
         self._peer, self._collection = peer, collection
-        self._key = parcels.key_of(collection, shard)
-        self._request = parcels.open_request(collection, shard, slots, log_id)
-        self._name = f"shard {shard} of {collection.name}"
+        self._key = parcels.key_of(collection, shard, replica)
+        self._name = f"replica {replica} of shard {shard} of {collection.name}"
         self._searches: Coalescer[Asked, np.ndarray, ShardAnswer[RenderedHits]] = Coalescer(
             self._send, f"{self._name} on {peer.name}"
         )
         self._state = internal.ReplicaState()
+        self._followed: frozenset[int] = frozenset()
         self._position = 0
-        #: Why it cannot be asked now; empty while it can.
-        self._away = "not opened yet"
+        #: Why it cannot be asked any more; empty while it can.
+        self._away = ""
         #: Set, and replaced, whenever the position or whether it can be asked changes.
         self._news = asyncio.Event()
         self._offers: deque[LogDelta] = deque()
@@ -76,11 +79,22 @@ class RemoteShard:
 
     @classmethod
     async def open(
-        cls, peer: ShardPeer, collection: Collection, shard: int, slots: np.ndarray, log_id: str
+        cls,
+        peer: ShardPeer,
+        collection: Collection,
+        shard: int,
+        replica: int,
+        *,
+        slots: Sequence[int],
+        epoch: int,
+        log_id: str,
     ) -> "RemoteShard":
         """A replica on that node, which can answer by then; raises what opening it there raises."""
-        remote = cls(peer, collection, shard, slots, log_id)
-        await remote._open()
+        remote = cls(peer, collection, shard, replica)
+        request = parcels.open_request(collection, remote._key, slots, epoch, log_id)
+        with peer.calling() as stub:
+            state = await stub.Open(request, timeout=OPEN_S, metadata=peer.metadata)
+        remote._hear(state)
         remote._keeping = asyncio.create_task(remote._keep(), name=f"keep {remote._name}")
         remote._handing = asyncio.create_task(remote._hand_over(), name=f"offer to {remote._name}")
         return remote
@@ -94,6 +108,33 @@ class RemoteShard:
     def position(self) -> int:
         """What of the log it said last that it has applied."""
         return self._position
+
+    def followed(self) -> frozenset[int]:
+        """The slots that it said last it follows."""
+        return self._followed
+
+    async def backfill(self, slots: Sequence[int]) -> None:
+        """Have it follow these slots too; returns when all of their documents are there."""
+        await self._ask_slots("Backfill", slots, timeout_s=OPEN_S)
+
+    async def serve(self, epoch: int, slots: Sequence[int]) -> None:
+        """Have it answer for exactly these slots from that epoch on; ValueError where it lacks one.
+
+        Where its node is away it has fallen, and answers nothing.
+        """
+        try:
+            await self._ask_slots("Serve", slots, epoch=epoch)
+        except PreconditionFailed as error:
+            raise ValueError(str(error)) from error
+        except (Unavailable, DeadlineExceeded) as error:
+            self._fall(str(error))
+
+    async def release(self, slots: Sequence[int]) -> None:
+        """Have it follow these slots no more; where its node is away it has fallen."""
+        try:
+            await self._ask_slots("Release", slots)
+        except (Unavailable, DeadlineExceeded) as error:
+            self._fall(str(error))
 
     def offer(self, delta: LogDelta) -> bool:
         """Hand a committed batch over, in the background; False where it has to read the log instead."""
@@ -133,12 +174,13 @@ class RemoteShard:
         effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
+        epoch: int | None = None,
         deadline: Deadline,
     ) -> ShardAnswer[list[Hit]]:
         """As `search_rendered`, with the hits as values."""
         answer = await self.search_rendered(
             queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
-            deadline=deadline,
+            epoch=epoch, deadline=deadline,
         )  # fmt: skip
         schema = self._collection.schema
         values = [hits.values(include, schema) for hits in answer.hits]
@@ -154,34 +196,37 @@ class RemoteShard:
         effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
+        epoch: int | None = None,
         deadline: Deadline,
     ) -> Awaitable[ShardAnswer[RenderedHits]]:
         """The best k of each query, float32 [n, dim]; searches that ask alike travel together."""
         # Here, so that one caller's mistake does not fail those it would travel with.
         if queries.shape[1] != self._collection.dim:
             raise DimensionMismatch("query", queries.shape[1], self._collection.dim)
-        asked = Asked(k, parcels.filter_text(filter), exact, effort, include, exclude)
+        asked = Asked(k, parcels.filter_text(filter), exact, effort, include, exclude, epoch)
         queries = np.ascontiguousarray(queries, np.float32)
         return self._searches.ask(asked, queries, len(queries), deadline)
 
-    async def count(self, filter: Filter | None) -> int:
+    async def count(self, filter: Filter | None, *, epoch: int | None = None) -> int:
         """How many live documents pass."""
-        request = internal.CountRequest(replica=self._key, filter=parcels.filter_text(filter))
+        request = internal.CountRequest(replica=self._key, filter=parcels.filter_text(filter), epoch=epoch)
         with self._calling() as stub:
             answer = await stub.Count(request, timeout=READ_S, metadata=self._peer.metadata)
         return int(answer.documents)
 
-    async def matching(self, filter: Filter | None, limit: int) -> list[tuple[str, Version]]:
+    async def matching(
+        self, filter: Filter | None, limit: int, *, epoch: int | None = None
+    ) -> list[tuple[str, Version]]:
         """Ids and versions of at most `limit` live documents that pass."""
         text = parcels.filter_text(filter)
-        request = internal.MatchingRequest(replica=self._key, filter=text, limit=limit)
+        request = internal.MatchingRequest(replica=self._key, filter=text, limit=limit, epoch=epoch)
         with self._calling() as stub:
             answer = await stub.Matching(request, timeout=READ_S, metadata=self._peer.metadata)
         return parcels.matches_from(answer)
 
-    async def vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    async def vectors(self, ids: Sequence[str], *, epoch: int | None = None) -> dict[str, np.ndarray]:
         """The vectors of those documents that are there, float32 [dim], read-only."""
-        request = internal.VectorsRequest(replica=self._key, ids=ids)
+        request = internal.VectorsRequest(replica=self._key, ids=ids, epoch=epoch)
         with self._calling() as stub:
             answer = await stub.Vectors(request, timeout=READ_S, metadata=self._peer.metadata)
         return parcels.vectors_from(answer, self._collection.dim)
@@ -204,7 +249,7 @@ class RemoteShard:
         return {**figures, **self._state.figures, "position": self._position}
 
     def condition(self) -> tuple[str, str]:
-        """What it said last; `away` where its node cannot be reached."""
+        """What it said last; `away` where it cannot be heard any more."""
         return ("away", self._away) if self._away else (self._state.condition, self._state.detail)
 
     def segments(self) -> Sequence[SegmentStatus]:
@@ -238,40 +283,26 @@ class RemoteShard:
             raise Unavailable(f"{self._name} on {self._peer.name} is away: {self._away}")
         return self._peer.calling()
 
-    async def _open(self) -> None:
-        with self._peer.calling() as stub:
-            state = await stub.Open(self._request, timeout=OPEN_S, metadata=self._peer.metadata)
-        self._state, self._position, self._away = state, state.position, ""
-        self._tell()
+    async def _ask_slots(
+        self, method: str, slots: Sequence[int], *, epoch: int = 0, timeout_s: float = READ_S
+    ) -> None:
+        request = internal.SlotsRequest(replica=self._key, slots=slots, epoch=epoch)
+        with self._calling() as stub:
+            answer = await getattr(stub, method)(request, timeout=timeout_s, metadata=self._peer.metadata)
+        self._followed = frozenset(answer.followed)
 
     async def _keep(self) -> None:
-        """Hear what the replica says; open it again where its node lost it or came back."""
-        pause_s = _FIRST_PAUSE_S
+        """Hear what the replica says, for as long as it can be heard."""
         while not self.fell.is_set():
-            moved = self._peer.moved
             try:
-                if self._away:
-                    await self._open()
-                    log.info("%s is back on %s", self._name, self.endpoint)
-                pause_s = _FIRST_PAUSE_S
                 await self._watch()
             except DeadlineExceeded:
                 pass
-            except Unavailable as error:
-                self._leave(str(error))
             except RingfortError as error:
-                log.error("%s on %s is lost: %s", self._name, self._peer.name, error)
-                self._leave(str(error))
+                self._fall(str(error))
             except Exception as error:
                 log.exception("%s on %s is not heard", self._name, self._peer.name)
-                self._leave(str(error))
-            if self._away:
-                try:
-                    async with asyncio.timeout(pause_s):
-                        await moved.wait()
-                except TimeoutError:
-                    pass
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                self._fall(str(error))
 
     async def _watch(self) -> None:
         """Hear what the replica says, until it falls or its node ends the call."""
@@ -280,14 +311,9 @@ class RemoteShard:
             states = stub.Watch(request, timeout=_WATCH_S, metadata=self._peer.metadata)
             try:
                 async for state in states:
-                    if state.full:
-                        self._state = state
-                    self._move_to(state.position)
+                    self._hear(state)
                     if state.fell:
-                        log.error("%s on %s fell: %s", self._name, self._peer.name, state.detail)
-                        self._leave(state.detail)
-                        self.fell.set()
-                        self._tell()
+                        self._fall(state.detail)
                         return
             finally:
                 states.cancel()
@@ -313,15 +339,22 @@ class RemoteShard:
             except Exception:
                 log.exception("%s could not be handed what was committed", self._name)
 
+    def _hear(self, state: internal.ReplicaState) -> None:
+        if state.full:
+            self._state, self._followed = state, frozenset(state.followed)
+        self._move_to(state.position)
+
     def _move_to(self, position: int) -> None:
         if position > self._position:
             self._position = position
             self._tell()
 
-    def _leave(self, why: str) -> None:
+    def _fall(self, why: str) -> None:
         if not self._away:
             log.warning("%s on %s is away: %s", self._name, self._peer.name, why)
-        self._away = why or "it is away"
+            self._away = why or "it is away"
+            self.fell.set()
+            self._tell()
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()

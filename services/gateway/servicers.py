@@ -285,7 +285,7 @@ class CollectionService:
             generation=c.generation,
             space=c.space,
             variant=self._models.variant(c),
-            epoch=served.shard_map.epoch,
+            epoch=served.state.epoch,
             aliases=c.aliases,
             created_at=wire.timestamp(c.created_at_us),
         )
@@ -345,12 +345,17 @@ class ClusterService:
 
     @staticmethod
     def _status(served: Served) -> pb.CollectionStatus:
-        replicas = []
-        for shard, replica in served.replicas.items():
+        here = dict(served.copies())
+        replicas = [
+            pb.Replica(shard=copy.shard, replica=copy.replica, state="opening")
+            for copy in served.wanted() - here.keys()
+        ]
+        for copy, replica in here.items():
             told, (state, detail) = replica.describe(), replica.condition()
             replicas.append(
                 pb.Replica(
-                    shard=shard,
+                    shard=copy.shard,
+                    replica=copy.replica,
                     endpoint=replica.endpoint,
                     state=state,
                     detail=detail,
@@ -374,7 +379,7 @@ class ClusterService:
         return pb.CollectionStatus(
             name=served.collection.name,
             generation=served.collection.generation,
-            epoch=served.shard_map.epoch,
+            epoch=served.state.epoch,
             watermark=served.position,
-            replicas=replicas,
+            replicas=sorted(replicas, key=lambda each: (each.shard, each.replica)),
         )

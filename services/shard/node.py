@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from protos.ringfort.internal import v1 as internal
@@ -11,7 +11,7 @@ from services.shard import parcels
 from services.shard.local_shards import LocalShards
 from services.shard.parcels import ReplicaId
 from services.shard.replica import Replica
-from shard_router.errors import Unavailable
+from shard_router.errors import PreconditionFailed, Unavailable
 from shard_router.model import Collection, Include
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ class _Held:
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     replica: Replica | None = None
     collection: Collection | None = None
-    #: What it was opened with: another request means another replica.
-    request: bytes = b""
+    log_id: str = ""
 
 
 class ShardNode:
@@ -40,19 +39,23 @@ class ShardNode:
         self._held: dict[ReplicaId, _Held] = {}
 
     async def Open(self, request: internal.OpenRequest, deadline: Deadline) -> internal.ReplicaState:
-        """The replica asked for, opened anew where it fell or was opened with something else."""
-        collection = parcels.collection_from(request)
-        id = ReplicaId(collection.uid, collection.generation, request.shard)
-        wanted = request.SerializeToString(deterministic=True)
+        """The replica asked for, opened anew where it fell or follows another log."""
+        collection, slots = parcels.collection_from(request), list(request.slots)
+        id = ReplicaId.of(request.replica)
         held = self._held.setdefault(id, _Held())
         async with held.changing:
-            if held.replica is not None and (held.replica.fell.is_set() or held.request != wanted):
-                await self._end(held)
+            if held.replica is not None:
+                if held.replica.fell.is_set() or held.log_id != request.log_id:
+                    await self._end(held)
+                else:
+                    await held.replica.backfill(slots)
+                    await _serve(held.replica, request.epoch, slots)
             if held.replica is None:
-                slots = parcels.slots_from(request)
-                held.replica = await self._shards.open(collection, request.shard, slots, request.log_id)
-                held.collection, held.request = collection, wanted
-                log.info("replica opened collection=%s shard=%d", collection.name, request.shard)
+                held.replica = await self._shards.open(
+                    collection, id.shard, id.replica, slots=slots, epoch=request.epoch, log_id=request.log_id
+                )
+                held.collection, held.log_id = collection, request.log_id
+                log.info("replica opened collection=%s shard=%d", collection.name, id.shard)
             return parcels.state_of(held.replica)
 
     async def Close(self, request: internal.CloseRequest, deadline: Deadline) -> internal.CloseResponse:
@@ -74,26 +77,47 @@ class ShardNode:
             effort=parcels.effort_from(request),
             include=Include(request.attributes, request.text, request.vector),
             exclude=frozenset(request.exclude),
+            epoch=parcels.epoch_from(request),
             deadline=deadline,
         )
         return parcels.answer_on_wire(answer)
 
     async def Vectors(self, request: internal.VectorsRequest, deadline: Deadline) -> internal.VectorsResponse:
         """See `Replica.vectors`."""
-        return parcels.vectors_on_wire(await self._replica(request.replica).vectors(request.ids))
+        replica, epoch = self._replica(request.replica), parcels.epoch_from(request)
+        return parcels.vectors_on_wire(await replica.vectors(request.ids, epoch=epoch))
 
     async def Count(self, request: internal.CountRequest, deadline: Deadline) -> internal.CountResponse:
         """See `Replica.count`."""
-        replica = self._replica(request.replica)
-        return internal.CountResponse(documents=await replica.count(parcels.filter_from(request.filter)))
+        replica, epoch = self._replica(request.replica), parcels.epoch_from(request)
+        documents = await replica.count(parcels.filter_from(request.filter), epoch=epoch)
+        return internal.CountResponse(documents=documents)
 
     async def Matching(
         self, request: internal.MatchingRequest, deadline: Deadline
     ) -> internal.MatchingResponse:
         """See `Replica.matching`."""
+        replica, epoch = self._replica(request.replica), parcels.epoch_from(request)
+        filter = parcels.filter_from(request.filter)
+        return parcels.matches_on_wire(await replica.matching(filter, request.limit, epoch=epoch))
+
+    async def Backfill(self, request: internal.SlotsRequest, deadline: Deadline) -> internal.SlotsResponse:
+        """See `Replica.backfill`."""
         replica = self._replica(request.replica)
-        found = await replica.matching(parcels.filter_from(request.filter), request.limit)
-        return parcels.matches_on_wire(found)
+        await replica.backfill(list(request.slots))
+        return internal.SlotsResponse(followed=sorted(replica.followed()))
+
+    async def Serve(self, request: internal.SlotsRequest, deadline: Deadline) -> internal.SlotsResponse:
+        """See `Replica.serve`; PreconditionFailed in place of ValueError."""
+        replica = self._replica(request.replica)
+        await _serve(replica, request.epoch, list(request.slots))
+        return internal.SlotsResponse(followed=sorted(replica.followed()))
+
+    async def Release(self, request: internal.SlotsRequest, deadline: Deadline) -> internal.SlotsResponse:
+        """See `Replica.release`."""
+        replica = self._replica(request.replica)
+        await replica.release(list(request.slots))
+        return internal.SlotsResponse(followed=sorted(replica.followed()))
 
     async def Offer(self, request: internal.OfferRequest, deadline: Deadline) -> internal.OfferResponse:
         """Take committed batches; what does not fit on is read from the log."""
@@ -125,13 +149,17 @@ class ShardNode:
                 await asyncio.sleep(MOVES_S)
 
     async def Forget(self, request: internal.ForgetRequest, deadline: Deadline) -> internal.ForgetResponse:
-        """Close and remove the replicas of all collections but those named."""
-        known = {(key.collection, key.generation) for key in request.known}
+        """Close and remove a replica, or those of all collections but the ones named."""
+        if request.HasField("replica"):
+            id = ReplicaId.of(request.replica)
+            if (held := self._held.get(id)) is not None and held.collection is not None:
+                await self._forget(id, held)
+                await self._shards.forget(held.collection, id.shard, id.replica)
+            return internal.ForgetResponse()
+        known = {(key.collection, key.generation) for key in request.all_but.known}
         for id, held in list(self._held.items()):
             if (id.collection, id.generation) not in known:
-                async with held.changing:
-                    await self._end(held)
-                del self._held[id]
+                await self._forget(id, held)
         await self._shards.keep_only(known)
         return internal.ForgetResponse()
 
@@ -152,8 +180,20 @@ class ShardNode:
         assert collection is not None, "its replica is open"
         return collection
 
+    async def _forget(self, id: ReplicaId, held: _Held) -> None:
+        async with held.changing:
+            await self._end(held)
+        self._held.pop(id, None)
+
     @staticmethod
     async def _end(held: _Held) -> None:
         replica, held.replica = held.replica, None
         if replica is not None:
             await replica.close()
+
+
+async def _serve(replica: Replica, epoch: int, slots: Sequence[int]) -> None:
+    try:
+        await replica.serve(epoch, slots)
+    except ValueError as error:
+        raise PreconditionFailed(str(error)) from None

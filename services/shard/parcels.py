@@ -1,7 +1,7 @@
 """What a shard node is told and answers, as messages of protos/ringfort/internal and back."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -34,44 +34,42 @@ class Asked(NamedTuple):
     effort: Effort
     include: Include
     exclude: frozenset[str]
+    epoch: int | None
 
 
 class ReplicaId(NamedTuple):
-    """Which replica of a node is meant: a node has one of a shard at most."""
+    """Which replica of a node is meant."""
 
     collection: int
     generation: int
     shard: int
+    replica: int
 
     @classmethod
     def of(cls, key: internal.ReplicaKey) -> "ReplicaId":
         """As a message says it."""
-        return cls(key.collection, key.generation, key.shard)
+        return cls(key.collection, key.generation, key.shard, key.replica)
 
 
-def key_of(collection: Collection, shard: int) -> internal.ReplicaKey:
+def key_of(collection: Collection, shard: int, replica: int) -> internal.ReplicaKey:
     """Names a replica on its node."""
-    return internal.ReplicaKey(collection=collection.uid, generation=collection.generation, shard=shard)
+    return internal.ReplicaKey(
+        collection=collection.uid, generation=collection.generation, shard=shard, replica=replica
+    )
 
 
-def open_request(collection: Collection, shard: int, slots: np.ndarray, log_id: str) -> internal.OpenRequest:
-    """Asks for a replica; slots: bool [slots]."""
+def open_request(
+    collection: Collection, replica: internal.ReplicaKey, slots: Sequence[int], epoch: int, log_id: str
+) -> internal.OpenRequest:
+    """Asks for a replica that answers for these slots from that epoch on."""
     return internal.OpenRequest(
-        collection=_encoder.encode(collection),
-        shard=shard,
-        slots=slots.astype(np.uint8).tobytes(),
-        log_id=log_id,
+        collection=_encoder.encode(collection), replica=replica, slots=slots, epoch=epoch, log_id=log_id
     )
 
 
 def collection_from(request: internal.OpenRequest) -> Collection:
     """The collection of a request for a replica."""
     return _collections.decode(request.collection)
-
-
-def slots_from(request: internal.OpenRequest) -> np.ndarray:
-    """The slots of a request for a replica, bool [slots]."""
-    return np.frombuffer(request.slots, np.uint8).astype(bool)
 
 
 def delta_on_wire(delta: LogDelta) -> internal.Delta:
@@ -116,12 +114,23 @@ def search_request(replica: internal.ReplicaKey, asked: Asked, queries: np.ndarr
         text=asked.include.text,
         vector=asked.include.vector,
         exclude=asked.exclude,
+        epoch=asked.epoch,
     )
 
 
 def queries_from(request: internal.SearchRequest, dim: int) -> np.ndarray:
     """The queries of a search, float32 [n, dim]."""
     return np.frombuffer(request.queries, np.float32).reshape(-1, dim)
+
+
+def epoch_from(
+    request: internal.SearchRequest
+    | internal.CountRequest
+    | internal.MatchingRequest
+    | internal.VectorsRequest,
+) -> int | None:
+    """The epoch of the map by which a replica is asked; None where it is not to be checked."""
+    return request.epoch if request.HasField("epoch") else None
 
 
 def effort_from(request: internal.SearchRequest) -> Effort:
@@ -176,6 +185,7 @@ def state_of(replica: Replica) -> internal.ReplicaState:
             for each in replica.segments()
         ],
         fell=replica.fell.is_set(),
+        followed=sorted(replica.followed()),
     )
 
 

@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from memory_log import MemoryLog, collection
 from sides import SCHEMA, OpenShard
@@ -41,7 +40,7 @@ async def shards(tmp_path: Path, log: MemoryLog) -> AsyncIterator[LocalShards]:
     with ThreadPoolExecutor(2) as threads:
         yield LocalShards(
             tmp_path,
-            lambda _: lambda after: log.tail(after),
+            lambda _: lambda after, *slots: log.tail(after, *slots),
             search_threads=threads,
             memtable_rows=8,
             graph_rows=50_000,
@@ -55,12 +54,12 @@ async def open_shard(
     request: pytest.FixtureRequest, shards: LocalShards, log: MemoryLog
 ) -> AsyncIterator[OpenShard]:
     """Opens the collection's one shard; what was opened is closed after the test."""
-    slots = np.ones(16, bool)
+    options: dict[str, Any] = {"slots": range(16), "epoch": 1, "log_id": log.log_id}
     made = collection(schema=SCHEMA)
     async with AsyncExitStack() as stack:
         opening: Callable[[], Awaitable[Any]]
         if request.param == "in-process":
-            opening = lambda: shards.open(made, 0, slots, log.log_id)  # noqa: E731
+            opening = lambda: shards.open(made, 0, 0, **options)  # noqa: E731
         else:
             node = ShardNode(shards)
             stack.push_async_callback(node.close)
@@ -69,7 +68,7 @@ async def open_shard(
             peer = Peer("node-0", ShardNodeStub, TOKEN)
             stack.push_async_callback(peer.close)
             peer.move(await port.start())
-            opening = lambda: RemoteShard.open(peer, made, 0, slots, log.log_id)  # noqa: E731
+            opening = lambda: RemoteShard.open(peer, made, 0, 0, **options)  # noqa: E731
 
         async def open_one() -> ShardEndpoint:
             endpoint: ShardEndpoint = await opening()

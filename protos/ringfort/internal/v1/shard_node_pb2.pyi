@@ -25,19 +25,22 @@ class ReplicaKey(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     collection: _builtins.int
     generation: _builtins.int
     shard: _builtins.int
+    replica: _builtins.int
     def __init__(
         self,
         *,
         collection: _builtins.int = ...,
         generation: _builtins.int = ...,
         shard: _builtins.int = ...,
+        replica: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "generation", b"generation", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "generation", b"generation", "replica", b"replica", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -48,30 +51,86 @@ class OpenRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COLLECTION_FIELD_NUMBER: _builtins.int
-    SHARD_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     LOG_ID_FIELD_NUMBER: _builtins.int
     collection: _builtins.bytes
     """shard_router.model.Collection as MessagePack."""
-    shard: _builtins.int
-    slots: _builtins.bytes
-    """A byte a slot, 1 for those of the shard."""
+    epoch: _builtins.int
     log_id: _builtins.str
+    @_builtins.property
+    def replica(self) -> Global___ReplicaKey: ...
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What it is to answer for, from which epoch of the shard map on."""
+
     def __init__(
         self,
         *,
         collection: _builtins.bytes = ...,
-        shard: _builtins.int = ...,
-        slots: _builtins.bytes = ...,
+        replica: Global___ReplicaKey | None = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        epoch: _builtins.int = ...,
         log_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "log_id", b"log_id", "shard", b"shard", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "epoch", b"epoch", "log_id", b"log_id", "replica", b"replica", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenRequest: _TypeAlias = OpenRequest  # noqa: Y015
+
+@_typing.final
+class SlotsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Serve only."""
+    @_builtins.property
+    def replica(self) -> Global___ReplicaKey: ...
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        replica: Global___ReplicaKey | None = ...,
+        slots: _abc.Iterable[_builtins.int] | None = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "replica", b"replica", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotsRequest: _TypeAlias = SlotsRequest  # noqa: Y015
+
+@_typing.final
+class SlotsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLLOWED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def followed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All that it follows now."""
+
+    def __init__(
+        self,
+        *,
+        followed: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["followed", b"followed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotsResponse: _TypeAlias = SlotsResponse  # noqa: Y015
 
 @_typing.final
 class ReplicaState(_message.Message):
@@ -125,6 +184,7 @@ class ReplicaState(_message.Message):
     STATS_FIELD_NUMBER: _builtins.int
     SEGMENTS_FIELD_NUMBER: _builtins.int
     FELL_FIELD_NUMBER: _builtins.int
+    FOLLOWED_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     full: _builtins.bool
     """Of all that follows, nothing is said where this is not set."""
@@ -138,6 +198,10 @@ class ReplicaState(_message.Message):
     def stats(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentState]: ...
+    @_builtins.property
+    def followed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The slots whose writes are applied."""
+
     def __init__(
         self,
         *,
@@ -149,10 +213,11 @@ class ReplicaState(_message.Message):
         stats: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         segments: _abc.Iterable[Global___SegmentState] | None = ...,
         fell: _builtins.bool = ...,
+        followed: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "detail", b"detail", "fell", b"fell", "figures", b"figures", "full", b"full", "position", b"position", "segments", b"segments", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "detail", b"detail", "fell", b"fell", "figures", b"figures", "followed", b"followed", "full", b"full", "position", b"position", "segments", b"segments", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -239,6 +304,7 @@ class SearchRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     queries: _builtins.bytes
     """float32 little-endian, one of the collection's dimension after another."""
     k: _builtins.int
@@ -250,6 +316,8 @@ class SearchRequest(_message.Message):
     attributes: _builtins.bool
     text: _builtins.bool
     vector: _builtins.bool
+    epoch: _builtins.int
+    """Of the shard map by which it is asked; here and below."""
     @_builtins.property
     def replica(self) -> Global___ReplicaKey: ...
     @_builtins.property
@@ -268,15 +336,20 @@ class SearchRequest(_message.Message):
         text: _builtins.bool = ...,
         vector: _builtins.bool = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        epoch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_recall", b"_recall", "_share", b"_share", "recall", b"recall", "replica", b"replica", "share", b"share"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_recall", b"_recall", "_share", b"_share", "epoch", b"epoch", "recall", b"recall", "replica", b"replica", "share", b"share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall", b"_recall", "_share", b"_share", "attributes", b"attributes", "exact", b"exact", "exclude", b"exclude", "filter", b"filter", "k", b"k", "queries", b"queries", "recall", b"recall", "replica", b"replica", "share", b"share", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_recall", b"_recall", "_share", b"_share", "attributes", b"attributes", "epoch", b"epoch", "exact", b"exact", "exclude", b"exclude", "filter", b"filter", "k", b"k", "queries", b"queries", "recall", b"recall", "replica", b"replica", "share", b"share", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
     _WhichOneofReturnType__recall: _TypeAlias = _typing.Literal["recall"]  # noqa: Y015
     _WhichOneofArgType__recall: _TypeAlias = _typing.Literal["_recall", b"_recall"]  # noqa: Y015
     _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
     _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__recall) -> _WhichOneofReturnType__recall | None: ...
     @_typing.overload
@@ -342,6 +415,8 @@ class VectorsRequest(_message.Message):
 
     REPLICA_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
     @_builtins.property
     def replica(self) -> Global___ReplicaKey: ...
     @_builtins.property
@@ -351,12 +426,15 @@ class VectorsRequest(_message.Message):
         *,
         replica: Global___ReplicaKey | None = ...,
         ids: _abc.Iterable[_builtins.str] | None = ...,
+        epoch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "ids", b"ids", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
 
 Global___VectorsRequest: _TypeAlias = VectorsRequest  # noqa: Y015
 
@@ -390,7 +468,9 @@ class CountRequest(_message.Message):
 
     REPLICA_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     filter: _builtins.str
+    epoch: _builtins.int
     @_builtins.property
     def replica(self) -> Global___ReplicaKey: ...
     def __init__(
@@ -398,12 +478,15 @@ class CountRequest(_message.Message):
         *,
         replica: Global___ReplicaKey | None = ...,
         filter: _builtins.str = ...,
+        epoch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "filter", b"filter", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
 
 Global___CountRequest: _TypeAlias = CountRequest  # noqa: Y015
 
@@ -433,8 +516,10 @@ class MatchingRequest(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     filter: _builtins.str
     limit: _builtins.int
+    epoch: _builtins.int
     @_builtins.property
     def replica(self) -> Global___ReplicaKey: ...
     def __init__(
@@ -443,12 +528,15 @@ class MatchingRequest(_message.Message):
         replica: Global___ReplicaKey | None = ...,
         filter: _builtins.str = ...,
         limit: _builtins.int = ...,
+        epoch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "limit", b"limit", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "epoch", b"epoch", "filter", b"filter", "limit", b"limit", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
 
 Global___MatchingRequest: _TypeAlias = MatchingRequest  # noqa: Y015
 
@@ -582,11 +670,35 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 class ForgetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    REPLICA_FIELD_NUMBER: _builtins.int
+    ALL_BUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def replica(self) -> Global___ReplicaKey: ...
+    @_builtins.property
+    def all_but(self) -> Global___Collections: ...
+    def __init__(
+        self,
+        *,
+        replica: Global___ReplicaKey | None = ...,
+        all_but: Global___Collections | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_but", b"all_but", "replica", b"replica", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_but", b"all_but", "replica", b"replica", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["replica", "all_but"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___ForgetRequest: _TypeAlias = ForgetRequest  # noqa: Y015
+
+@_typing.final
+class Collections(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
     KNOWN_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def known(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaKey]:
-        """Those that are not gone."""
-
+    def known(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaKey]: ...
     def __init__(
         self,
         *,
@@ -598,7 +710,7 @@ class ForgetRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ForgetRequest: _TypeAlias = ForgetRequest  # noqa: Y015
+Global___Collections: _TypeAlias = Collections  # noqa: Y015
 
 @_typing.final
 class ForgetResponse(_message.Message):

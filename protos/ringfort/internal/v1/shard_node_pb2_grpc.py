@@ -71,6 +71,21 @@ class ShardNodeStub:
                 request_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.OfferRequest.SerializeToString,
                 response_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.OfferResponse.FromString,
                 _registered_method=True)
+        self.Backfill = channel.unary_unary(
+                '/ringfort.internal.v1.ShardNode/Backfill',
+                request_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.SerializeToString,
+                response_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.FromString,
+                _registered_method=True)
+        self.Serve = channel.unary_unary(
+                '/ringfort.internal.v1.ShardNode/Serve',
+                request_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.SerializeToString,
+                response_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.FromString,
+                _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/ringfort.internal.v1.ShardNode/Release',
+                request_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.SerializeToString,
+                response_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/ringfort.internal.v1.ShardNode/Watch',
                 request_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.WatchRequest.SerializeToString,
@@ -133,6 +148,27 @@ class ShardNodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Backfill(self, request, context):
+        """Follow further slots; answers once all of their documents are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Serve(self, request, context):
+        """Answer for exactly these slots from an epoch on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Release(self, request, context):
+        """Follow these slots no more, and drop their documents.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """What a replica says of itself, until it falls: its position as it moves, all else now and then.
         """
@@ -141,7 +177,7 @@ class ShardNodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Forget(self, request, context):
-        """Removes what lies here of collections that are gone.
+        """Removes what lies here of a replica that will not be opened again, or of collections that are gone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,6 +220,21 @@ def add_ShardNodeServicer_to_server(servicer, server):
                     servicer.Offer,
                     request_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.OfferRequest.FromString,
                     response_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.OfferResponse.SerializeToString,
+            ),
+            'Backfill': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backfill,
+                    request_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.FromString,
+                    response_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.SerializeToString,
+            ),
+            'Serve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Serve,
+                    request_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.FromString,
+                    response_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.FromString,
+                    response_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -387,6 +438,87 @@ class ShardNode:
             '/ringfort.internal.v1.ShardNode/Offer',
             protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.OfferRequest.SerializeToString,
             protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.OfferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backfill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ringfort.internal.v1.ShardNode/Backfill',
+            protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.SerializeToString,
+            protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Serve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ringfort.internal.v1.ShardNode/Serve',
+            protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.SerializeToString,
+            protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ringfort.internal.v1.ShardNode/Release',
+            protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsRequest.SerializeToString,
+            protos_dot_ringfort_dot_internal_dot_v1_dot_shard__node__pb2.SlotsResponse.FromString,
             options,
             channel_credentials,
             insecure,

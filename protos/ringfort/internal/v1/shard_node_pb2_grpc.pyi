@@ -45,10 +45,16 @@ class ShardNodeStub:
     Matching: _grpc.UnaryUnaryMultiCallable[_shard_node_pb2.MatchingRequest, _shard_node_pb2.MatchingResponse]
     Offer: _grpc.UnaryUnaryMultiCallable[_shard_node_pb2.OfferRequest, _shard_node_pb2.OfferResponse]
     """Committed batches, in order; none at all is a hint that the log has something new."""
+    Backfill: _grpc.UnaryUnaryMultiCallable[_shard_node_pb2.SlotsRequest, _shard_node_pb2.SlotsResponse]
+    """Follow further slots; answers once all of their documents are there."""
+    Serve: _grpc.UnaryUnaryMultiCallable[_shard_node_pb2.SlotsRequest, _shard_node_pb2.SlotsResponse]
+    """Answer for exactly these slots from an epoch on."""
+    Release: _grpc.UnaryUnaryMultiCallable[_shard_node_pb2.SlotsRequest, _shard_node_pb2.SlotsResponse]
+    """Follow these slots no more, and drop their documents."""
     Watch: _grpc.UnaryStreamMultiCallable[_shard_node_pb2.WatchRequest, _shard_node_pb2.ReplicaState]
     """What a replica says of itself, until it falls: its position as it moves, all else now and then."""
     Forget: _grpc.UnaryUnaryMultiCallable[_shard_node_pb2.ForgetRequest, _shard_node_pb2.ForgetResponse]
-    """Removes what lies here of collections that are gone."""
+    """Removes what lies here of a replica that will not be opened again, or of collections that are gone."""
 
 @_typing.type_check_only
 class ShardNodeAsyncStub(ShardNodeStub):
@@ -67,10 +73,16 @@ class ShardNodeAsyncStub(ShardNodeStub):
     Matching: _aio.UnaryUnaryMultiCallable[_shard_node_pb2.MatchingRequest, _shard_node_pb2.MatchingResponse]  # type: ignore[assignment]
     Offer: _aio.UnaryUnaryMultiCallable[_shard_node_pb2.OfferRequest, _shard_node_pb2.OfferResponse]  # type: ignore[assignment]
     """Committed batches, in order; none at all is a hint that the log has something new."""
+    Backfill: _aio.UnaryUnaryMultiCallable[_shard_node_pb2.SlotsRequest, _shard_node_pb2.SlotsResponse]  # type: ignore[assignment]
+    """Follow further slots; answers once all of their documents are there."""
+    Serve: _aio.UnaryUnaryMultiCallable[_shard_node_pb2.SlotsRequest, _shard_node_pb2.SlotsResponse]  # type: ignore[assignment]
+    """Answer for exactly these slots from an epoch on."""
+    Release: _aio.UnaryUnaryMultiCallable[_shard_node_pb2.SlotsRequest, _shard_node_pb2.SlotsResponse]  # type: ignore[assignment]
+    """Follow these slots no more, and drop their documents."""
     Watch: _aio.UnaryStreamMultiCallable[_shard_node_pb2.WatchRequest, _shard_node_pb2.ReplicaState]  # type: ignore[assignment]
     """What a replica says of itself, until it falls: its position as it moves, all else now and then."""
     Forget: _aio.UnaryUnaryMultiCallable[_shard_node_pb2.ForgetRequest, _shard_node_pb2.ForgetResponse]  # type: ignore[assignment]
-    """Removes what lies here of collections that are gone."""
+    """Removes what lies here of a replica that will not be opened again, or of collections that are gone."""
 
 class ShardNodeServicer(metaclass=_abc_1.ABCMeta):
     """A process that holds replicas of shards, as gateways of the same release ask it. Not part of the public
@@ -130,6 +142,30 @@ class ShardNodeServicer(metaclass=_abc_1.ABCMeta):
         """Committed batches, in order; none at all is a hint that the log has something new."""
 
     @_abc_1.abstractmethod
+    def Backfill(
+        self,
+        request: _shard_node_pb2.SlotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_node_pb2.SlotsResponse, _abc.Awaitable[_shard_node_pb2.SlotsResponse]]:
+        """Follow further slots; answers once all of their documents are there."""
+
+    @_abc_1.abstractmethod
+    def Serve(
+        self,
+        request: _shard_node_pb2.SlotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_node_pb2.SlotsResponse, _abc.Awaitable[_shard_node_pb2.SlotsResponse]]:
+        """Answer for exactly these slots from an epoch on."""
+
+    @_abc_1.abstractmethod
+    def Release(
+        self,
+        request: _shard_node_pb2.SlotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_node_pb2.SlotsResponse, _abc.Awaitable[_shard_node_pb2.SlotsResponse]]:
+        """Follow these slots no more, and drop their documents."""
+
+    @_abc_1.abstractmethod
     def Watch(
         self,
         request: _shard_node_pb2.WatchRequest,
@@ -143,6 +179,6 @@ class ShardNodeServicer(metaclass=_abc_1.ABCMeta):
         request: _shard_node_pb2.ForgetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_shard_node_pb2.ForgetResponse, _abc.Awaitable[_shard_node_pb2.ForgetResponse]]:
-        """Removes what lies here of collections that are gone."""
+        """Removes what lies here of a replica that will not be opened again, or of collections that are gone."""
 
 def add_ShardNodeServicer_to_server(servicer: ShardNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
