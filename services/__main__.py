@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     if arguments.command == "member":
-        return _member(sys.stdin.buffer.read())
+        return _member()
 
     from services.config import ConfigError, load
 
@@ -74,10 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cluster(config: "Config", data_dir: Path) -> "Embedded":
-    """The service over processes that Ray starts; StartupError without Ray."""
-    from services.cluster import Cluster
+    """The service spread over processes; StartupError without Ray where that is to start them."""
+    from services.cluster import Cluster, Launcher
     from services.data_dir import StartupError
+    from services.processes import ProcessLauncher
 
+    launcher: Launcher
+    if config.cluster.launcher == "processes":
+        launcher = ProcessLauncher(embedders=config.cluster.embedders)
+        return Cluster(config, data_dir, launcher, release=version("ringfort"), say=_say)
     try:
         # Nothing else may import it: it takes a second, and the other composition does without.
         from services.on_ray import RayLauncher
@@ -89,8 +94,8 @@ def _cluster(config: "Config", data_dir: Path) -> "Embedded":
     return Cluster(config, data_dir, launcher, release=version("ringfort"), say=_say)
 
 
-def _member(settings: bytes) -> int:
-    """Run one process of a cluster; says where it answers, and stops on a signal."""
+def _member() -> int:
+    """Run one process of a cluster; says where it answers, and stops on a signal or when stdin is closed."""
     import msgspec
     import uvloop
 
@@ -99,19 +104,35 @@ def _member(settings: bytes) -> int:
 
     async def serve(member: Member) -> int:
         told = _signals()
+        asyncio.get_running_loop().add_reader(0, _hear_the_end, told)
         try:
-            print(
-                json.dumps({"ready": True, "address": await member.start(), "pid": os.getpid()}), flush=True
-            )
+            ready = {"ready": True, "address": await member.start(), "pid": os.getpid()}
+            print(json.dumps(ready), flush=True)
             return await told
         finally:
             await member.stop()
 
+    settings = _first_line(0)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(Member(settings_from(settings))))
     except (msgspec.ValidationError, RingfortError, OSError) as error:
         return _failed(error)
+
+
+def _first_line(descriptor: int) -> bytes:
+    """A line of it, and nothing beyond: what follows is for the event loop to hear."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
+        line += byte
+    return line
+
+
+def _hear_the_end(told: "asyncio.Future[int]") -> None:
+    if not os.read(0, 4_096):
+        asyncio.get_running_loop().remove_reader(0)
+        if not told.done():
+            told.set_result(0)
 
 
 def _signals() -> "asyncio.Future[int]":

@@ -144,8 +144,9 @@ class Cluster(Embedded):
         except BaseException:
             await end()
             raise
-        kind = RemoteEmbedder if manifest.image is None else RemoteImageEmbedder
-        return kind(manifest, replicas, end)
+        if manifest.image is not None:
+            return RemoteImageEmbedder(manifest, replicas, end)
+        return RemoteEmbedder(manifest, replicas, end, queue_texts=settings.queue_texts)
 
     def _others(self) -> Mapping[str, tuple[str, str]]:
         members = self._head.members("shard") + self._head.members("embedder")

@@ -129,13 +129,15 @@ class IndexSettings(Section):
 class ClusterSettings(Section):
     """How the parts are spread over processes and machines (`up --cluster`)."""
 
+    #: Who starts the processes: Ray, or the head itself as its children.
+    launcher: str = Field("ray", pattern="^(ray|processes)$")
     #: Nodes that hold shards; the same number whenever the service starts on the same data.
     nodes: int = Field(2, ge=1, le=1_000)
     #: An existing Ray cluster; otherwise one is started here, on loopback.
     ray_address: str | None = None
     #: Where internal servers listen; what other machines reach, where there are any.
     host: str = "127.0.0.1"
-    #: Processes of one model: at first, and at most as its queues grow.
+    #: Processes of one model: at first, and at most as its queues grow (on Ray).
     embedders: int = Field(1, ge=1)
     embedders_most: int = Field(4, ge=1)
     #: CPUs that Ray sets aside for a node, and for a process of a model.

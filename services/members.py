@@ -133,7 +133,10 @@ class Member:
         def hear(word: internal.Word) -> None:
             claim.tell(claim_from(word.claim))
 
-        return await self._join(Port({service: node}, settings.token), internal.Member(kind="shard"), hear)
+        port = Port({service: node}, settings.token)
+        address = await self._join(port, internal.Member(kind="shard"), hear)
+        self._stack.callback(node.leave)
+        return address
 
     async def _start_embedder(self, settings: EmbedderNodeSettings) -> str:
         manifest = await asyncio.to_thread(ModelManifest.load, Path(settings.model))

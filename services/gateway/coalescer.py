@@ -22,6 +22,17 @@ class _Call(Generic[Item, Answer]):
     rows: int
     deadline: Deadline
     answer: "asyncio.Future[Answer]"
+    #: What carries it, and whoever travels with it; None while it waits.
+    flight: "_Flight | None" = None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A batch under way."""
+
+    task: "asyncio.Task[None]"
+    #: Calls that still want their answer.
+    wanted: int
 
 
 @dataclass(slots=True)
@@ -37,7 +48,8 @@ class Coalescer(Generic[Kind, Item, Answer]):
 
     `send(kind, items, deadline)` carries a batch out, with the latest of its callers' deadlines, and gives
     an answer for each. At most `in_flight` batches of a kind are under way, and at most `queue_rows` rows
-    wait. What a batch fails with, each of its callers gets.
+    wait or are. What a batch fails with, each of its callers gets; one that nobody wants any more is given
+    up.
     """
 
     def __init__(
@@ -56,15 +68,16 @@ class Coalescer(Generic[Kind, Item, Answer]):
         self._lanes: dict[Kind, _Lane[Item, Answer]] = {}
         self._flights: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.waiting_rows = 0
-        self.calls = self.batches = 0
+        #: Of calls that wait or are under way.
+        self.rows = 0
+        self.calls = self.batches = self.abandoned_rows = 0
 
     async def ask(self, kind: Kind, item: Item, rows: int, deadline: Deadline) -> Answer:
         """The answer to one call; Overloaded, DeadlineExceeded, Unavailable, or what its batch got."""
         left_s = deadline.require(self._stage)
         if self._closed:
             raise Unavailable(f"{self._stage} is closing")
-        if self.waiting_rows and self.waiting_rows + rows > self._queue_rows:
+        if self.rows and self.rows + rows > self._queue_rows:
             raise Overloaded(self._stage, self._queue_rows)
         loop = asyncio.get_running_loop()
         call: _Call[Item, Answer] = _Call(item, rows, deadline, loop.create_future())
@@ -74,13 +87,17 @@ class Coalescer(Generic[Kind, Item, Answer]):
         if not lane.waiting and lane.flying < self.in_flight:
             loop.call_soon(self._launch, kind, lane)
         lane.waiting.append(call)
-        self.waiting_rows += rows
+        self.rows += rows
         self.calls += 1
         timer = loop.call_later(left_s, self._expire, call.answer)
         try:
             return await call.answer
+        except (asyncio.CancelledError, DeadlineExceeded):
+            self._left(call)
+            raise
         finally:
             timer.cancel()
+            self.rows -= rows
 
     async def close(self) -> None:
         """Fail what waits, and give up what is under way."""
@@ -90,7 +107,6 @@ class Coalescer(Generic[Kind, Item, Answer]):
                 if not call.answer.done():
                     call.answer.set_exception(Unavailable(f"{self._stage} is closing"))
             lane.waiting.clear()
-        self.waiting_rows = 0
         await tasks.end(*self._flights)
 
     def _launch(self, kind: Kind, lane: _Lane[Item, Answer]) -> None:
@@ -102,6 +118,9 @@ class Coalescer(Generic[Kind, Item, Answer]):
                 flight = asyncio.create_task(self._fly(kind, lane, batch))
                 self._flights.add(flight)
                 flight.add_done_callback(self._flights.discard)
+                carried = _Flight(flight, len(batch))
+                for call in batch:
+                    call.flight = carried
         if not lane.waiting and not lane.flying and self._lanes.get(kind) is lane:
             del self._lanes[kind]
 
@@ -111,7 +130,6 @@ class Coalescer(Generic[Kind, Item, Answer]):
         rows = 0
         while lane.waiting and (not batch or rows + lane.waiting[0].rows <= self._batch_rows):
             call = lane.waiting.popleft()
-            self.waiting_rows -= call.rows
             if not call.answer.done():
                 batch.append(call)
                 rows += call.rows
@@ -134,6 +152,14 @@ class Coalescer(Generic[Kind, Item, Answer]):
         finally:
             lane.flying -= 1
             self._launch(kind, lane)
+
+    def _left(self, call: _Call[Item, Answer]) -> None:
+        """A caller is gone, or out of time."""
+        self.abandoned_rows += call.rows
+        if (flight := call.flight) is not None:
+            flight.wanted -= 1
+            if not flight.wanted:
+                flight.task.cancel()
 
     def _expire(self, answer: "asyncio.Future[Answer]") -> None:
         if not answer.done():

@@ -106,13 +106,18 @@ class RemoteEmbedder:
     """A model of texts on other processes; calls of one turn and one kind travel together."""
 
     def __init__(
-        self, manifest: ModelManifest, replicas: Replicas, on_close: Callable[[], Awaitable[None]]
+        self,
+        manifest: ModelManifest,
+        replicas: Replicas,
+        on_close: Callable[[], Awaitable[None]],
+        *,
+        queue_texts: int = 8_192,
     ) -> None:
-        """`on_close` ends the processes."""
+        """`on_close` ends the processes. At most `queue_texts` wait or are under way."""
         self.manifest = manifest
         self._replicas, self._on_close = replicas, on_close
         self._coalescer: Coalescer[InputType, Sequence[str], Embedded] = Coalescer(
-            self._send, f"embedding by {manifest.model}"
+            self._send, f"embedding by {manifest.model}", queue_rows=queue_texts
         )
         self._texts = 0
         self._closed = False
@@ -137,8 +142,9 @@ class RemoteEmbedder:
         """Figures of this side; each process has its own."""
         return {
             "replicas": len(self._replicas),
-            "queue_texts": self._coalescer.waiting_rows,
+            "queue_texts": self._coalescer.rows,
             "texts_total": self._texts,
+            "abandoned_texts_total": self._coalescer.abandoned_rows,
             "calls_total": self._coalescer.calls,
             "batches_total": self._coalescer.batches,
         }

@@ -37,6 +37,7 @@ class ShardNode:
     def __init__(self, shards: LocalShards) -> None:
         self._shards = shards
         self._held: dict[ReplicaId, _Held] = {}
+        self._leaving = False
 
     async def Open(self, request: internal.OpenRequest, deadline: Deadline) -> internal.ReplicaState:
         """The replica asked for, opened anew where it fell or follows another log."""
@@ -136,7 +137,7 @@ class ShardNode:
         replica = self._replica(request.replica)
         clock = asyncio.get_running_loop().time
         told_s = -FIGURES_S
-        while deadline.left_s() > 0:
+        while deadline.left_s() > 0 and not self._leaving:
             fell = replica.fell.is_set()
             if fell or clock() - told_s >= FIGURES_S:
                 told_s = clock()
@@ -162,6 +163,10 @@ class ShardNode:
                 await self._forget(id, held)
         await self._shards.keep_only(known)
         return internal.ForgetResponse()
+
+    def leave(self) -> None:
+        """Let nobody watch any longer, so that the server can stop."""
+        self._leaving = True
 
     async def close(self) -> None:
         """Close every replica."""

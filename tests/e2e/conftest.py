@@ -1,5 +1,6 @@
 """One service for the session, reached as its users reach it."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -16,6 +17,12 @@ from ringfort.errors import NotFound
 #: Small enough for a test's collection to be sealed into segments, and for its answers to leave L1.
 SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "500", "RINGFORT_CACHE__L1_BYTES": str(4 * 1024 * 1024)}
 
+#: `up`'s options for the composition under test: embedded, or COMPOSITION=processes or ray.
+COMPOSITION: tuple[str, ...] = ()
+if launcher := os.environ.get("COMPOSITION"):
+    COMPOSITION = ("--cluster",)
+    SETTINGS["RINGFORT_CLUSTER__LAUNCHER"] = launcher
+
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Up]:
@@ -25,7 +32,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterat
     """
     data_dir = tmp_path_factory.mktemp("e2e") / "data"
     lend_model(model_dir, data_dir)
-    up = Up.start(data_dir, env=SETTINGS)
+    up = Up.start(data_dir, *COMPOSITION, env=SETTINGS, ready_within_s=240)
     yield up
     assert up.stop() == 0
     assert up.errors() == []

@@ -1,5 +1,6 @@
 """What a balancer, a probe or an explorer asks of the running service, and what it does not do yet."""
 
+import os
 from typing import Any
 
 import grpc
@@ -83,7 +84,7 @@ def test_the_models_are_listed_with_their_space(rpc: Rpc) -> None:
 
 def test_describe_tells_what_the_service_is_made_of(rpc: Rpc, collection: str) -> None:
     told = rpc.cluster.Describe(pb.DescribeRequest())
-    assert told.composition == "embedded"
+    assert told.composition == ("cluster" if os.environ.get("COMPOSITION") else "embedded")
     assert told.version
     assert (told.limits.max_k, told.limits.max_batch_rows, told.limits.max_id_bytes) == (1_000, 2_048, 256)
     assert (told.limits.max_text_bytes, told.limits.max_attributes_bytes) == (32 * 1024, 16 * 1024)

@@ -34,7 +34,7 @@ def sender() -> Sender:
 @pytest.fixture
 async def coalescer(sender: Sender) -> AsyncIterator["Coalescer[str, int, int]"]:
     coalescer: Coalescer[str, int, int] = Coalescer(
-        sender.send, "the hop", batch_rows=4, in_flight=1, queue_rows=8
+        sender.send, "the hop", batch_rows=4, in_flight=1, queue_rows=16
     )
     yield coalescer
     await coalescer.close()
@@ -103,15 +103,33 @@ async def test_whoever_is_late_or_leaves_is_no_part_of_the_next_batch(
         await coalescer.ask("a", 4, 1, Deadline.after(-1))
 
 
-async def test_the_queue_is_bounded(coalescer: "Coalescer[str, int, int]", sender: Sender) -> None:
-    waiting = [asyncio.create_task(coalescer.ask("a", i, 1, soon())) for i in range(8)]
+async def test_a_batch_that_nobody_wants_any_more_is_given_up(
+    coalescer: "Coalescer[str, int, int]", sender: Sender
+) -> None:
+    leaving = [asyncio.create_task(coalescer.ask("a", i, 2, soon())) for i in range(2)]
     await turns()
-    tasks = [asyncio.create_task(coalescer.ask("a", i, 1, soon())) for i in range(4)]
+    leaving[0].cancel()
+    await turns()
+    waiting = asyncio.create_task(coalescer.ask("a", 7, 1, soon()))
+    await turns()
+    assert sender.batches == [("a", [0, 1])]
+    leaving[1].cancel()
+    await turns()
+    # Its place is free again, though it never was answered.
+    assert sender.batches == [("a", [0, 1]), ("a", [7])]
+    assert coalescer.abandoned_rows == 4
+    sender.may.set()
+    assert await waiting == 70
+
+
+async def test_the_queue_is_bounded(coalescer: "Coalescer[str, int, int]", sender: Sender) -> None:
+    tasks = [asyncio.create_task(coalescer.ask("a", i, 1, soon())) for i in range(16)]
     await turns()
     with pytest.raises(Overloaded):
         await coalescer.ask("a", 9, 1, soon())
     sender.may.set()
-    assert len(await asyncio.gather(*waiting, *tasks)) == 12
+    assert await asyncio.gather(*tasks) == [10 * i for i in range(16)]
+    assert await coalescer.ask("a", 9, 17, soon()) == 90
 
 
 async def test_closing_fails_what_waits_and_what_flies(
