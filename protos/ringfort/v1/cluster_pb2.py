@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.ringfort.v1 import index_pb2 as protos_dot_ringfort_dot_v1_dot_index__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/ringfort/v1/cluster.proto\x12\x0bringfort.v1\x1a\x1eprotos/ringfort/v1/index.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xad\x01\n\x06Limits\x12\r\n\x05max_k\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x02 \x01(\r\x12\x16\n\x0emax_text_bytes\x18\x03 \x01(\r\x12\x1c\n\x14max_attributes_bytes\x18\x04 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x05 \x01(\r\x12\x14\n\x0cmax_id_bytes\x18\x06 \x01(\r\x12\x15\n\rmax_in_flight\x18\x07 \x01(\r\"V\n\rSegmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x0c\n\x04live\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\xf2\x01\n\x07Replica\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x11\n\tdocuments\x18\x06 \x01(\x04\x12\x10\n\x08segments\x18\x07 \x01(\r\x12\x15\n\rmemtable_rows\x18\x08 \x01(\x04\x12\x14\n\x0cpending_rows\x18\t \x01(\x04\x12\x32\n\x0esegment_status\x18\n \x03(\x0b\x32\x1a.ringfort.v1.SegmentStatus\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\"~\n\x10\x43ollectionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\twatermark\x18\x04 \x01(\x04\x12&\n\x08replicas\x18\x05 \x03(\x0b\x32\x14.ringfort.v1.Replica\"8\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xcf\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x63omposition\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.ringfort.v1.Limits\x12\x32\n\x0b\x63ollections\x18\x05 \x03(\x0b\x32\x1d.ringfort.v1.CollectionStatus\x12*\n\ncomponents\x18\x06 \x03(\x0b\x32\x16.ringfort.v1.Component\"%\n\x0f\x41\x64\x64ShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"6\n\x11\x44rainShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\":\n\x12SetReplicasRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\x1f\n\x0eHotKeysRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"A\n\x06HotKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\"4\n\x0fHotKeysResponse\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.ringfort.v1.HotKey\"\x13\n\x11\x43\x61\x63heStatsRequest\"\x89\x01\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hits\x18\x02 \x01(\x04\x12\x0e\n\x06misses\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12\r\n\x05state\x18\x08 \x01(\t\"j\n\x12\x43\x61\x63heStatsResponse\x12%\n\x05tiers\x18\x01 \x03(\x0b\x32\x16.ringfort.v1.TierStats\x12\x12\n\nsuperseded\x18\x02 \x01(\x04\x12\x19\n\x11stampedes_avoided\x18\x03 \x01(\x04\"9\n\rBackupRequest\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t\"5\n\x0eRestoreRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t2\x9e\x04\n\x0e\x43lusterService\x12G\n\x08\x44\x65scribe\x12\x1c.ringfort.v1.DescribeRequest\x1a\x1d.ringfort.v1.DescribeResponse\x12:\n\x08\x41\x64\x64Shard\x12\x1c.ringfort.v1.AddShardRequest\x1a\x10.ringfort.v1.Job\x12>\n\nDrainShard\x12\x1e.ringfort.v1.DrainShardRequest\x1a\x10.ringfort.v1.Job\x12@\n\x0bSetReplicas\x12\x1f.ringfort.v1.SetReplicasRequest\x1a\x10.ringfort.v1.Job\x12\x44\n\x07HotKeys\x12\x1b.ringfort.v1.HotKeysRequest\x1a\x1c.ringfort.v1.HotKeysResponse\x12M\n\nCacheStats\x12\x1e.ringfort.v1.CacheStatsRequest\x1a\x1f.ringfort.v1.CacheStatsResponse\x12\x36\n\x06\x42\x61\x63kup\x12\x1a.ringfort.v1.BackupRequest\x1a\x10.ringfort.v1.Job\x12\x38\n\x07Restore\x12\x1b.ringfort.v1.RestoreRequest\x1a\x10.ringfort.v1.Jobb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/ringfort/v1/cluster.proto\x12\x0bringfort.v1\x1a\x1eprotos/ringfort/v1/index.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xad\x01\n\x06Limits\x12\r\n\x05max_k\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x02 \x01(\r\x12\x16\n\x0emax_text_bytes\x18\x03 \x01(\r\x12\x1c\n\x14max_attributes_bytes\x18\x04 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x05 \x01(\r\x12\x14\n\x0cmax_id_bytes\x18\x06 \x01(\r\x12\x15\n\rmax_in_flight\x18\x07 \x01(\r\"V\n\rSegmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x0c\n\x04live\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\x81\x02\n\x07Replica\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x11\n\tdocuments\x18\x06 \x01(\x04\x12\x10\n\x08segments\x18\x07 \x01(\r\x12\x15\n\rmemtable_rows\x18\x08 \x01(\x04\x12\x14\n\x0cpending_rows\x18\t \x01(\x04\x12\x32\n\x0esegment_status\x18\n \x03(\x0b\x32\x1a.ringfort.v1.SegmentStatus\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\"\xa7\x01\n\x10\x43ollectionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\twatermark\x18\x04 \x01(\x04\x12&\n\x08replicas\x18\x05 \x03(\x0b\x32\x14.ringfort.v1.Replica\x12\x11\n\tshard_map\x18\x06 \x01(\t\x12\x14\n\x0cmoving_slots\x18\x07 \x01(\r\"8\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xcf\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x63omposition\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.ringfort.v1.Limits\x12\x32\n\x0b\x63ollections\x18\x05 \x03(\x0b\x32\x1d.ringfort.v1.CollectionStatus\x12*\n\ncomponents\x18\x06 \x03(\x0b\x32\x16.ringfort.v1.Component\"%\n\x0f\x41\x64\x64ShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"6\n\x11\x44rainShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\":\n\x12SetReplicasRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\x1f\n\x0eHotKeysRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"A\n\x06HotKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\"4\n\x0fHotKeysResponse\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.ringfort.v1.HotKey\"\x13\n\x11\x43\x61\x63heStatsRequest\"\x89\x01\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hits\x18\x02 \x01(\x04\x12\x0e\n\x06misses\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12\r\n\x05state\x18\x08 \x01(\t\"j\n\x12\x43\x61\x63heStatsResponse\x12%\n\x05tiers\x18\x01 \x03(\x0b\x32\x16.ringfort.v1.TierStats\x12\x12\n\nsuperseded\x18\x02 \x01(\x04\x12\x19\n\x11stampedes_avoided\x18\x03 \x01(\x04\"9\n\rBackupRequest\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t\"5\n\x0eRestoreRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t2\x9e\x04\n\x0e\x43lusterService\x12G\n\x08\x44\x65scribe\x12\x1c.ringfort.v1.DescribeRequest\x1a\x1d.ringfort.v1.DescribeResponse\x12:\n\x08\x41\x64\x64Shard\x12\x1c.ringfort.v1.AddShardRequest\x1a\x10.ringfort.v1.Job\x12>\n\nDrainShard\x12\x1e.ringfort.v1.DrainShardRequest\x1a\x10.ringfort.v1.Job\x12@\n\x0bSetReplicas\x12\x1f.ringfort.v1.SetReplicasRequest\x1a\x10.ringfort.v1.Job\x12\x44\n\x07HotKeys\x12\x1b.ringfort.v1.HotKeysRequest\x1a\x1c.ringfort.v1.HotKeysResponse\x12M\n\nCacheStats\x12\x1e.ringfort.v1.CacheStatsRequest\x1a\x1f.ringfort.v1.CacheStatsResponse\x12\x36\n\x06\x42\x61\x63kup\x12\x1a.ringfort.v1.BackupRequest\x1a\x10.ringfort.v1.Job\x12\x38\n\x07Restore\x12\x1b.ringfort.v1.RestoreRequest\x1a\x10.ringfort.v1.Jobb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,35 +39,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEGMENTSTATUS']._serialized_start=276
   _globals['_SEGMENTSTATUS']._serialized_end=362
   _globals['_REPLICA']._serialized_start=365
-  _globals['_REPLICA']._serialized_end=607
-  _globals['_COLLECTIONSTATUS']._serialized_start=609
-  _globals['_COLLECTIONSTATUS']._serialized_end=735
-  _globals['_COMPONENT']._serialized_start=737
-  _globals['_COMPONENT']._serialized_end=793
-  _globals['_DESCRIBERESPONSE']._serialized_start=796
-  _globals['_DESCRIBERESPONSE']._serialized_end=1003
-  _globals['_ADDSHARDREQUEST']._serialized_start=1005
-  _globals['_ADDSHARDREQUEST']._serialized_end=1042
-  _globals['_DRAINSHARDREQUEST']._serialized_start=1044
-  _globals['_DRAINSHARDREQUEST']._serialized_end=1098
-  _globals['_SETREPLICASREQUEST']._serialized_start=1100
-  _globals['_SETREPLICASREQUEST']._serialized_end=1158
-  _globals['_HOTKEYSREQUEST']._serialized_start=1160
-  _globals['_HOTKEYSREQUEST']._serialized_end=1191
-  _globals['_HOTKEY']._serialized_start=1193
-  _globals['_HOTKEY']._serialized_end=1258
-  _globals['_HOTKEYSRESPONSE']._serialized_start=1260
-  _globals['_HOTKEYSRESPONSE']._serialized_end=1312
-  _globals['_CACHESTATSREQUEST']._serialized_start=1314
-  _globals['_CACHESTATSREQUEST']._serialized_end=1333
-  _globals['_TIERSTATS']._serialized_start=1336
-  _globals['_TIERSTATS']._serialized_end=1473
-  _globals['_CACHESTATSRESPONSE']._serialized_start=1475
-  _globals['_CACHESTATSRESPONSE']._serialized_end=1581
-  _globals['_BACKUPREQUEST']._serialized_start=1583
-  _globals['_BACKUPREQUEST']._serialized_end=1640
-  _globals['_RESTOREREQUEST']._serialized_start=1642
-  _globals['_RESTOREREQUEST']._serialized_end=1695
-  _globals['_CLUSTERSERVICE']._serialized_start=1698
-  _globals['_CLUSTERSERVICE']._serialized_end=2240
+  _globals['_REPLICA']._serialized_end=622
+  _globals['_COLLECTIONSTATUS']._serialized_start=625
+  _globals['_COLLECTIONSTATUS']._serialized_end=792
+  _globals['_COMPONENT']._serialized_start=794
+  _globals['_COMPONENT']._serialized_end=850
+  _globals['_DESCRIBERESPONSE']._serialized_start=853
+  _globals['_DESCRIBERESPONSE']._serialized_end=1060
+  _globals['_ADDSHARDREQUEST']._serialized_start=1062
+  _globals['_ADDSHARDREQUEST']._serialized_end=1099
+  _globals['_DRAINSHARDREQUEST']._serialized_start=1101
+  _globals['_DRAINSHARDREQUEST']._serialized_end=1155
+  _globals['_SETREPLICASREQUEST']._serialized_start=1157
+  _globals['_SETREPLICASREQUEST']._serialized_end=1215
+  _globals['_HOTKEYSREQUEST']._serialized_start=1217
+  _globals['_HOTKEYSREQUEST']._serialized_end=1248
+  _globals['_HOTKEY']._serialized_start=1250
+  _globals['_HOTKEY']._serialized_end=1315
+  _globals['_HOTKEYSRESPONSE']._serialized_start=1317
+  _globals['_HOTKEYSRESPONSE']._serialized_end=1369
+  _globals['_CACHESTATSREQUEST']._serialized_start=1371
+  _globals['_CACHESTATSREQUEST']._serialized_end=1390
+  _globals['_TIERSTATS']._serialized_start=1393
+  _globals['_TIERSTATS']._serialized_end=1530
+  _globals['_CACHESTATSRESPONSE']._serialized_start=1532
+  _globals['_CACHESTATSRESPONSE']._serialized_end=1638
+  _globals['_BACKUPREQUEST']._serialized_start=1640
+  _globals['_BACKUPREQUEST']._serialized_end=1697
+  _globals['_RESTOREREQUEST']._serialized_start=1699
+  _globals['_RESTOREREQUEST']._serialized_end=1752
+  _globals['_CLUSTERSERVICE']._serialized_start=1755
+  _globals['_CLUSTERSERVICE']._serialized_end=2297
 # @@protoc_insertion_point(module_scope)
