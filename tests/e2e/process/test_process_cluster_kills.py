@@ -1,0 +1,124 @@
+"""Every process of a cluster killed in turn, under a mixed load: what goes on, fails, and comes back.
+
+COMPOSITION=ray runs it on a local Ray cluster; else the processes are the head's children.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from command_line import eventually
+from mixed_load import MixedLoad
+from up import Up, end
+
+from ringfort import Client
+
+LAUNCHER = os.environ.get("COMPOSITION", "processes")
+ENVIRONMENT = {
+    "RINGFORT_CLUSTER__LAUNCHER": LAUNCHER,
+    "RINGFORT_CLUSTER__EMBEDDERS": "2",
+    "RINGFORT_SHARD__MEMTABLE_ROWS": "500",
+}
+SEARCHES = 20
+BACK_WITHIN_S = 90.0
+
+
+@pytest.fixture
+def service(data_dir: Path) -> Iterator[Up]:
+    up = Up.start(data_dir, "--cluster", "--nodes", "2", env=ENVIRONMENT, ready_within_s=240)
+    yield up
+    if up.process.poll() is None:
+        assert up.stop() == 0
+    end(up.process)
+
+
+def components(client: Client) -> dict[str, int]:
+    """The processes of the cluster that are there, by name, with their ids."""
+    told = client.cluster().components
+    return {each.name: int(each.detail.split()[1]) for each in told if each.detail.startswith("pid ")}
+
+
+def servers(up: Up) -> dict[str, int]:
+    """Postgres and Valkey of the service, with their process ids."""
+    children = psutil.Process(up.pid).children()
+    return {child.name(): child.pid for child in children if child.name() in ("postgres", "valkey-server")}
+
+
+def whole(client: Client) -> bool:
+    """Whether every copy of every shard answers."""
+    collections = client.cluster().collections
+    return all(replica.state == "serving" for each in collections for replica in each.replicas)
+
+
+@pytest.mark.timeout(600)
+def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir: Path) -> None:
+    with Client(service.grpc) as client:
+        eventually(lambda: len(components(client)) == 4, BACK_WITHIN_S)
+        with MixedLoad(service.grpc) as load:
+
+            def quiet() -> None:
+                eventually(lambda: whole(client) and len(components(client)) == 4, BACK_WITHIN_S)
+                load.phase("everything is there")
+                eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+
+            def killed(name: str, pid: int) -> None:
+                load.phase(f"SIGKILL {name} (pid {pid})")
+                os.kill(pid, signal.SIGKILL)
+
+            quiet()
+            killed("shard node-0", components(client)["shard node-0"])
+            eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+            eventually(lambda: whole(client), BACK_WITHIN_S)
+            seen = load.phase("node-0 is back")
+            assert set(seen["pair"].searches) == {"OK"}, load.timeline
+            assert seen["pair"].least_coverage == 1.0, load.timeline
+            assert set(seen["sole"].searches) == {"OK"}, load.timeline
+            assert seen["sole"].least_coverage == 0.5, load.timeline
+            assert set(seen["texts"].searches) == {"OK"}, load.timeline
+
+            quiet()
+            name = next(name for name in components(client) if name.startswith("embedder "))
+            killed(name, components(client)[name])
+            eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+            seen = load.phase("after an embedder's death")
+            for kind in ("sole", "pair", "texts"):
+                assert set(seen[kind].searches) == {"OK"}, load.timeline
+                assert seen[kind].least_coverage == 1.0, load.timeline
+
+            for name in ("valkey-server", "postgres"):
+                quiet()
+                pid = servers(service)[name]
+                killed(name, pid)
+                eventually(lambda: servers(service).get(name, pid) != pid, BACK_WITHIN_S)  # noqa: B023
+                eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+                seen = load.phase(f"{name} is back")
+                for kind in ("sole", "pair", "texts"):
+                    assert set(seen[kind].searches) == {"OK"}, load.timeline
+                    assert seen[kind].least_coverage == 1.0, load.timeline
+            quiet()
+            load.phase("the end")
+        compare(client, load.acknowledged)
+        began_s = time.monotonic()
+        service.kill()
+        load.tell("SIGKILL the head, which is the gateway")
+    end(service.process)
+    again = Up.start(data_dir, "--cluster", "--nodes", "2", env=ENVIRONMENT, ready_within_s=240)
+    try:
+        load.tell(f"another head is ready, {time.monotonic() - began_s:.1f} s later")
+        with Client(again.grpc) as client:
+            compare(client, load.acknowledged)
+    finally:
+        print("\n".join(["", *load.timeline]))
+        assert again.stop() == 0
+
+
+def compare(client: Client, acknowledged: dict[str, int]) -> None:
+    """Whatever was acknowledged is there as it was, and nothing else."""
+    for collection in ("sole", "pair"):
+        stored = {row.id: row.attributes["number"] for row in client.scan(collection)}
+        assert stored == acknowledged
+        assert client.count(collection) == len(acknowledged)
