@@ -217,12 +217,12 @@ class Embedder:
         """The next piece of work as soon as there is one; None once the embedder closes."""
         with self._changed:
             while True:
-                work, late = self._waiting.take(self._clock())
+                work, late, more = self._waiting.take(self._clock())
                 for number in late:
                     self._fail(number, DeadlineExceeded("embedder queue"))
+                if more:
+                    self._changed.notify()
                 if work is not None:
-                    if self._waiting.rows:
-                        self._changed.notify()
                     return work
                 if self._closed:
                     return None
