@@ -95,6 +95,8 @@ class AsyncClient:
     rollback_model = _method(operation_calls.rollback_model)
     cluster = _method(operation_calls.cluster)
     cache_stats = _method(operation_calls.cache_stats)
+    hot_keys = _method(operation_calls.hot_keys)
+    warm_cache = _method(operation_calls.warm_cache)
 
     async def scan(
         self,

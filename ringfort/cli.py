@@ -35,6 +35,7 @@ for _panel, _commands in _PANELS.items():
         app.command(rich_help_panel=_panel)(_command)
 for _command in (cluster.describe, cluster.cache):
     cluster_app.command()(_command)
+cluster_app.command(name="hot-keys")(cluster.hot_keys)
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Run")
 models_app = typer.Typer(help="Build, register and promote embedding models.", no_args_is_help=True)
 # Its options are those of the builder, which prints its own help.

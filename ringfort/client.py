@@ -94,6 +94,8 @@ class Client:
     rollback_model = _method(operation_calls.rollback_model)
     cluster = _method(operation_calls.cluster)
     cache_stats = _method(operation_calls.cache_stats)
+    hot_keys = _method(operation_calls.hot_keys)
+    warm_cache = _method(operation_calls.warm_cache)
 
     def scan(
         self,

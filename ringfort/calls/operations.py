@@ -69,3 +69,17 @@ def cluster() -> Call[pb.DescribeResponse, pb.DescribeResponse]:
 def cache_stats() -> Call[pb.CacheStatsResponse, pb.CacheStatsResponse]:
     """What each tier of the cache holds and how often it was hit."""
     return Call("ClusterService/CacheStats", pb.CacheStatsRequest(), pb.CacheStatsResponse, whole)
+
+
+def hot_keys(*, limit: int = 0) -> Call[pb.HotKeysResponse, pb.HotKeysResponse]:
+    """What the cache is asked for most, by digest; 20 unless `limit` says otherwise."""
+    request = pb.HotKeysRequest(limit=limit)
+    return Call("ClusterService/HotKeys", request, pb.HotKeysResponse, whole)
+
+
+def warm_cache(
+    collection: str, *, limit: int = 0, rate: float = 0.0
+) -> Call[pb.WarmCacheResponse, pb.WarmCacheResponse]:
+    """Computes a collection's hot answers that are not in the cache: `limit` at most, `rate` a second."""
+    request = pb.WarmCacheRequest(collection=collection, limit=limit, rate=rate)
+    return Call("ClusterService/WarmCache", request, pb.WarmCacheResponse, whole, repeatable=False)

@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from services.cache.exchange import Exchange
+from services.cache.hot_keys import HotKey
 from services.cache.policy import ENTRY_BYTES, S3Fifo
 from services.cache.redis_cluster import RedisCluster
 from services.cache.redis_tier import CONNECTIONS, RedisTier, SecondTier
@@ -49,11 +51,13 @@ class CacheTier:
         self._l1: S3Fifo[bytes] = S3Fifo(l1_bytes)
         self._l1_hits = 0
         self._l1_misses = 0
+        rng = rng or random.Random()
         self._redis: SecondTier | None = None
         if redis_url is not None:
-            self._redis = self._behind(
-                RedisUrl.parse(redis_url), op_timeout_ms, max_pending, rng or random.Random()
-            )
+            self._redis = self._behind(RedisUrl.parse(redis_url), op_timeout_ms, max_pending, rng)
+        #: Keys that are hot over all gateways, as of the last exchange.
+        self._hot: frozenset[bytes] = frozenset()
+        self.exchange = Exchange(self._redis, self._treat_as_hot, rng=rng)
 
     def _behind(self, url: RedisUrl, op_timeout_ms: int, max_pending: int, rng: random.Random) -> SecondTier:
         if url.cluster:
@@ -67,9 +71,11 @@ class CacheTier:
         """Looks for Redis, a second at most; one that is away is used when it comes."""
         if self._redis:
             await self._redis.open()
+        await self.exchange.open()
 
     async def close(self) -> None:
         """Writes what is queued for Redis, a second at most, and leaves it."""
+        await self.exchange.close()
         if self._redis:
             await self._redis.close()
 
@@ -78,6 +84,7 @@ class CacheTier:
         value = self._l1.get(key)
         if value is not None:
             self._l1_hits += 1
+            self.exchange.windows.saw(key)
         return value
 
     async def get_many(self, keys: Sequence[bytes], *, far: bool = True) -> list[Found | None]:
@@ -85,6 +92,7 @@ class CacheTier:
 
         Without `far` Redis is not asked, and the call does not wait.
         """
+        self.exchange.windows.saw_all(keys)
         found: list[Found | None] = []
         missing: list[bytes] = []
         for key in keys:
@@ -111,7 +119,7 @@ class CacheTier:
         L1 forgets by use, not by time: a value must say itself until when it holds.
         """
         for key, value in items:
-            self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
+            self._hold(key, value)
             if self._redis:
                 self._redis.offer(key, value, ttl_s)
 
@@ -122,7 +130,23 @@ class CacheTier:
     def _promote(self, key: bytes, value: bytes) -> None:
         """A value that came from Redis; one put here in the meantime is newer and stays."""
         if key not in self._l1:
-            self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
+            self._hold(key, value)
+
+    def _hold(self, key: bytes, value: bytes) -> None:
+        self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
+        if key in self._hot:
+            self._l1.pin((key,))
+
+    def hot_keys(self, count: int) -> list[HotKey]:
+        """What is asked for most over all gateways, most asked first."""
+        return self.exchange.most_asked(count)
+
+    def _treat_as_hot(self, hot: frozenset[bytes]) -> None:
+        """Pinned in L1 and spread over slots from now on."""
+        self._hot = hot
+        self._l1.pin(hot)
+        if self._redis:
+            self._redis.spread(hot)
 
     def tiers(self) -> list[dict[str, int | str]]:
         """A line of CacheStats for each tier, nearest first; state is up, down or off."""
@@ -146,5 +170,7 @@ class CacheTier:
             "l1_entries": len(self._l1),
             "l1_bytes": self._l1.held_bytes,
             "l1_evictions_total": self._l1.evictions,
+            "hot_keys": len(self._hot),
+            "other_gateways": self.exchange.others,
             **(self._redis.stats() if self._redis else {}),
         }

@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from index_builder.models.manifest import ModelManifest
 from protos.ringfort import v1 as pb
 from services import wire
+from services.cache import keys
 from services.cache.tier import CacheTier
 from services.config import Config
 from services.deadline import Deadline
@@ -38,6 +39,7 @@ EMBED_STREAM_REQUESTS = 4
 MAX_DIM = 4_096
 INDEX_KINDS = ("auto", "flat", "hnsw", "ivf")
 MAX_SHARDS = 64
+DEFAULT_HOT_KEYS, MAX_HOT_KEYS = 20, 1_024
 MAX_REPLICAS = 64
 
 
@@ -333,6 +335,24 @@ class ClusterService:
                 for name, (state, detail) in self._components().items()
             ],
         )
+
+    async def HotKeys(self, request: pb.HotKeysRequest, call: Call) -> pb.HotKeysResponse:
+        """Digests of what is the caller's; an embedding's tells its text to who guesses it."""
+        mine = {s.collection.uid: s.collection.name for s in self._catalog.of_tenant(call.tenant)}
+        alone = len(set(self._config.gateway.api_keys.values())) <= 1
+        limit = min(request.limit or DEFAULT_HOT_KEYS, MAX_HOT_KEYS)
+        hot = []
+        for each in self._cache.hot_keys(MAX_HOT_KEYS):
+            name = keys.named(each.key)
+            if name is None or not (alone if name.collection_uid is None else name.collection_uid in mine):
+                continue
+            collection = mine[name.collection_uid] if name.collection_uid is not None else ""
+            hot.append(
+                pb.HotKey(
+                    key=name.digest, kind=name.kind, share=each.share, count=each.count, collection=collection
+                )
+            )
+        return pb.HotKeysResponse(keys=hot[:limit])
 
     async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
         answers = self._answers.stats()

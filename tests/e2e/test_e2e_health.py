@@ -58,7 +58,6 @@ NOT_YET: list[tuple[str, str, Any]] = [
     ("cluster", "AddShard", pb.AddShardRequest(collection="any")),
     ("cluster", "DrainShard", pb.DrainShardRequest(collection="any")),
     ("cluster", "SetReplicas", pb.SetReplicasRequest(collection="any", replicas=2)),
-    ("cluster", "HotKeys", pb.HotKeysRequest()),
     ("cluster", "Backup", pb.BackupRequest(destination="any")),
     ("cluster", "Restore", pb.RestoreRequest(source="any")),
 ]

@@ -51,6 +51,8 @@ CALLS: list[Call[Any, Any]] = [
     operations.rollback_model("m"),
     operations.cluster(),
     operations.cache_stats(),
+    operations.hot_keys(),
+    operations.warm_cache("c"),
 ]
 
 
