@@ -36,6 +36,7 @@ from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
+from services.gateway.recall_audit import RecallAudit
 from services.gateway.recommend import Recommend
 from services.gateway.retrieval import Retrieval
 from services.gateway.server import Server
@@ -51,6 +52,7 @@ from services.ranker.ranker import Ranker
 from services.shard.local_shards import LocalShards
 from services.supervisor import Supervisor
 from services.telemetry import Telemetry, log_to
+from services.tracing import Tracing, TracingUnavailable
 from shard_router import filters
 from shard_router.errors import RingfortError
 
@@ -93,7 +95,8 @@ class Embedded:
         self._stack.push_async_callback(supervisor.stop)
         await supervisor.end_orphans()
         store, redis_url, manifest = await self._foundations(supervisor, data_dir)
-        telemetry = Telemetry()
+        telemetry = Telemetry(counting=self._config.telemetry.metrics)
+        tracing = self._tracing()
         cache = await self._cache(redis_url)
         embeddings = await self._embeddings(manifest, cache)
         models = self._models(embeddings, cache, data_dir)
@@ -107,7 +110,9 @@ class Embedded:
         answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
         ranker = Ranker()
         fanout = FanOut(random.Random())
-        retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits)
+        audit = RecallAudit(fanout, every_s=self._config.telemetry.recall_audit_s)
+        self._stack.push_async_callback(audit.close)
+        retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits, audit)
         batch = BatchRetrieval(catalog, retrieval, models, fanout, answers, gateway.limits)
         recommend = Recommend(
             catalog, retrieval, fanout, ranker, answers, gateway.limits,
@@ -131,13 +136,17 @@ class Embedded:
             },
             telemetry,
             admission,
+            tracing,
         )
         for part, stats in (
             ("gateway", admission.stats), ("answers", answers.stats), ("cache", cache.stats),
             ("embedder", embeddings.embedder.stats), ("metadata", store.stats), ("shard", catalog.stats),
             ("models", models.stats), ("ranker", ranker.stats), ("supervisor", supervisor.stats),
+            ("recall", audit.stats),
         ):  # fmt: skip
             telemetry.parts.add(part, stats)
+        telemetry.parts.add_each("model", models.stats_of_each)
+        telemetry.parts.add_each("collection", catalog.stats_of_each)
 
         async def ready() -> str:
             try:
@@ -146,7 +155,7 @@ class Embedded:
                 return str(error)
             return ""
 
-        http = Http(gateway, embedding_service, search_service, telemetry, admission, ready)
+        http = Http(gateway, embedding_service, search_service, telemetry, admission, ready, tracing)
         serving = asyncio.create_task(http.serve(http_socket))
         self._stack.push_async_callback(_finish_http, http, serving)
         grpc_address = await server.start()
@@ -160,6 +169,17 @@ class Embedded:
         """Drain, then stop every part and every child; safe after a start that was cut short."""
         await self._stack.aclose()
         log.info("stopped")
+
+    def _tracing(self) -> Tracing | None:
+        settings = self._config.telemetry
+        if settings.otlp is None:
+            return None
+        try:
+            tracing = Tracing.otlp(settings.otlp, share=settings.trace_share, release=self._release)
+        except TracingUnavailable as error:
+            raise StartupError(str(error)) from None
+        self._stack.push_async_callback(tracing.close)
+        return tracing
 
     async def _foundations(
         self, supervisor: Supervisor, data_dir: DataDir

@@ -9,7 +9,6 @@ more is kept for a composition with more nodes.
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: How often it is looked whether something has to be opened anew; after a failure, with longer pauses.
+#: Figures of which the greatest is told, not the sum.
+_AGES = frozenset(("tail_age_s",))
 REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
 
 
@@ -57,6 +58,11 @@ class Served:
     def position(self) -> int:
         """The latest log position known: all that was acknowledged here, all that a replica has read."""
         return max(self._acknowledged, *(replica.position for replica in self.replicas.values()))
+
+    @property
+    def lag_positions(self) -> int:
+        """How far behind the log that is known of the slowest replica is."""
+        return self.position - min(replica.position for replica in self.replicas.values())
 
     def look(self) -> None:
         """There may be something new in the log."""
@@ -186,11 +192,26 @@ class Catalog:
 
     def stats(self) -> dict[str, float]:
         """The replicas' figures, added up over all collections."""
-        totals: Counter[str] = Counter()
+        totals: dict[str, float] = {}
         for served in self.all():
             for replica in served.replicas.values():
-                totals.update(replica.stats())
-        return {"collections": len(self._by_name), **totals}
+                for name, value in replica.stats().items():
+                    known = totals.get(name, 0.0)
+                    totals[name] = max(known, value) if name in _AGES else known + value
+        lag = sum(served.lag_positions for served in self.all())
+        return {"collections": len(self._by_name), "lag_positions": lag, **totals}
+
+    def stats_of_each(self) -> dict[str, dict[str, float]]:
+        """Documents and lag of every collection, by its name and, where it is not the default's, tenant."""
+        told: dict[str, dict[str, float]] = {}
+        for served in self.all():
+            tenant, name = served.collection.tenant, served.collection.name
+            replicas = served.replicas.values()
+            told[name if tenant == "default" else f"{tenant}/{name}"] = {
+                "documents": sum(replica.describe()["documents"] for replica in replicas),
+                "lag_positions": served.lag_positions,
+            }
+        return told
 
     def _index(self, served: Served) -> None:
         collection = served.collection

@@ -15,6 +15,7 @@ from services.gateway.catalog import Served
 from services.gateway.endpoints import ShardEndpoint
 from services.shard.rendering import RenderedHits, RenderedRow
 from services.shard.replica import Hits, ShardAnswer
+from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, ShardUnavailable
 from shard_router.fanout_plan import plan_fanout
 from shard_router.filters import Filter
@@ -22,6 +23,8 @@ from shard_router.merge import merge
 from shard_router.model import Hit, Include, Version
 
 log = logging.getLogger(__name__)
+
+_FANOUT, _MERGE = stage("fanout"), stage("merge")
 
 
 class Found(NamedTuple, Generic[Hits]):
@@ -120,6 +123,9 @@ class FanOut:
             hits = good[0].hits
         else:
             hits = [merge([answer.hits[i] for answer in good], k) for i in range(len(queries))]
+        merge_s = time.perf_counter() - searched
+        _FANOUT.took(searched - began, merge_s)
+        _MERGE.took(merge_s)
         return Found(
             hits,
             min([answer.position for answer in good]),
@@ -127,7 +133,7 @@ class FanOut:
             asked,
             answered,
             (searched - began) * 1e3,
-            (time.perf_counter() - searched) * 1e3,
+            merge_s * 1e3,
         )
 
 

@@ -7,7 +7,7 @@ a bound on the bytes of their graphs; the one that was idle longest makes room f
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -235,6 +235,12 @@ class Models:
             "failed_loads_total": self._failures,
             "evictions_total": self._evictions,
         }
+
+    def stats_of_each(self) -> dict[str, Mapping[str, float]]:
+        """What every loaded model of texts has done, by NAME@VERSION."""
+        loaded = {model: held.embeddings for model, held in self._held.items()}
+        every = {self.default.model: self._default, **loaded}
+        return {model: each.embedder.stats() for model, each in every.items() if each is not None}
 
     def _find(self, model: str) -> ModelManifest | None:
         if model == self.default.model:

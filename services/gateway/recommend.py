@@ -21,10 +21,12 @@ from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
 from services.ranker.ranker import Ranked, Ranker
+from services.telemetry import stage
 from shard_router.errors import InvalidField, NotFound, NotImplementedHere
 from shard_router.model import Hit, Include, Metric
 
 UNLIKE_WEIGHT = 0.5
+_RANK = stage("rank")
 
 
 class Recommend:
@@ -109,7 +111,9 @@ class Recommend:
         ranked: Ranked = await asyncio.to_thread(
             self._ranker.rank, candidates, dict(request.rank.features), k=k, **_diversity(request)
         )
-        timings.rank_ms = (time.perf_counter() - ranking) * 1e3
+        rank_s = time.perf_counter() - ranking
+        _RANK.took(rank_s)
+        timings.rank_ms = rank_s * 1e3
         include = wire.include_from(request.include, request.HasField("include"))
         hits = []
         for place, index in enumerate(ranked.order):

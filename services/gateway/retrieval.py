@@ -26,6 +26,8 @@ from services.gateway.conditions import Conditions
 from services.gateway.embeddings import Vectors
 from services.gateway.fanout import FanOut
 from services.gateway.models import Models
+from services.gateway.recall_audit import RecallAudit
+from services.telemetry import stage
 from shard_router.errors import (
     DeadlineExceeded,
     InvalidField,
@@ -37,6 +39,7 @@ from shard_router.errors import (
 log = logging.getLogger(__name__)
 
 DEFAULT_K = 10
+_L1 = stage("l1")
 Request = pb.SearchRequest | pb.BatchSearchRequest | pb.RecommendRequest
 Response = TypeVar("Response", pb.SearchResponse, pb.BatchSearchResponse, pb.RecommendResponse)
 
@@ -53,8 +56,15 @@ class Retrieval:
     """The first stage: from a query to the nearest documents."""
 
     def __init__(
-        self, catalog: Catalog, models: Models, fanout: FanOut, answers: Answers, limits: Limits
+        self,
+        catalog: Catalog,
+        models: Models,
+        fanout: FanOut,
+        answers: Answers,
+        limits: Limits,
+        audit: RecallAudit,
     ) -> None:
+        self._audit = audit
         self._catalog = catalog
         self._models = models
         self._fanout = fanout
@@ -91,6 +101,8 @@ class Retrieval:
         key = self._answers.key(served, "", _query_bytes(request, kind), options)
         cached = await self._answers.get(served, key, at_least, self.staleness(served, request))
         if cached is not None:
+            if cached.served_from == pb.L1:
+                _L1.took(time.perf_counter() - began)
             return cached.body + _suffix(cached.served_from, began)
         cache_ms = (time.perf_counter() - began) * 1e3
         made = await self._answers.once(
@@ -197,6 +209,8 @@ class Retrieval:
             deadline=deadline,
             exclude=exclude,
         )  # fmt: skip
+        if kind == "vector" and not request.exact:
+            self._audit.offer(served, queries, k, filter, found)
         timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
         body = found.hits[0].body() + _provenance(
             collection.generation,
