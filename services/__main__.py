@@ -1,5 +1,7 @@
 """`python -m services up`: run the service in the foreground until SIGTERM or Ctrl-C.
 
+`python -m services member`: run one process of a cluster, described by a JSON object on stdin (members.py).
+
 Exit codes: 0 stopped by SIGTERM or SIGHUP, 1 could not start, 2 wrong usage, 130 interrupted.
 """
 
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from services.config import Config
     from services.embedded import Embedded
 
 #: What a signal makes of the exit code.
@@ -30,14 +33,13 @@ GARBAGE_OBJECTS = 50_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     arguments = _parser().parse_args(argv)
-    if arguments.cluster:
-        _say("--cluster is not in this release")
-        return 2
-
     # Else gRPC starts its threads anew in every child between fork and exec, and now and then crashes it.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # The service has threads of its own for every core; a second set inside numpy only gets in their way.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+    if arguments.command == "member":
+        return _member(sys.stdin.buffer.read())
 
     from services.config import ConfigError, load
 
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         service = Embedded(config, arguments.data_dir, release=version("ringfort"), say=_say)
+        if arguments.cluster:
+            service = _cluster(config, arguments.data_dir)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(service, as_json=arguments.json))
     except (
@@ -69,13 +73,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error)
 
 
-def _failed(error: Exception) -> int:
-    _say(" ".join(str(error).split()))
-    return 1
+def _cluster(config: "Config", data_dir: Path) -> "Embedded":
+    """The service over processes that Ray starts; StartupError without Ray."""
+    from services.cluster import Cluster
+    from services.data_dir import StartupError
+
+    try:
+        # Nothing else may import it: it takes a second, and the other composition does without.
+        from services.on_ray import RayLauncher
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--cluster needs Ray ({error.name} is missing); run: pip install 'ringfort[cluster]'"
+        ) from None
+    launcher = RayLauncher(config.cluster)
+    return Cluster(config, data_dir, launcher, release=version("ringfort"), say=_say)
 
 
-async def _serve(service: "Embedded", *, as_json: bool) -> int:
-    """Start, say so, wait for a signal, stop."""
+def _member(settings: bytes) -> int:
+    """Run one process of a cluster; says where it answers, and stops on a signal."""
+    import msgspec
+    import uvloop
+
+    from services.members import Member, settings_from
+    from shard_router.errors import RingfortError
+
+    async def serve(member: Member) -> int:
+        told = _signals()
+        try:
+            print(
+                json.dumps({"ready": True, "address": await member.start(), "pid": os.getpid()}), flush=True
+            )
+            return await told
+        finally:
+            await member.stop()
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(Member(settings_from(settings))))
+    except (msgspec.ValidationError, RingfortError, OSError) as error:
+        return _failed(error)
+
+
+def _signals() -> "asyncio.Future[int]":
+    """The exit code, once a signal came that asks to stop."""
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()
 
@@ -85,7 +125,17 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
 
     for number, code in EXIT_CODES.items():
         loop.add_signal_handler(number, hear, code)
+    return told
 
+
+def _failed(error: Exception) -> int:
+    _say(" ".join(str(error).split()))
+    return 1
+
+
+async def _serve(service: "Embedded", *, as_json: bool) -> int:
+    """Start, say so, wait for a signal, stop."""
+    told = _signals()
     starting = asyncio.create_task(service.start())
     try:
         first: list[asyncio.Future[Any]] = [starting, told]
@@ -131,7 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--config", type=Path)
     up.add_argument("--insecure", action="store_true", default=None)
     up.add_argument("--json", action="store_true")
-    up.add_argument("--cluster", action="store_true")
+    up.add_argument(
+        "--cluster", action="store_true", help="shards and models in processes of their own, on Ray"
+    )
+    up.add_argument("--nodes", type=int, help="with --cluster: nodes that hold shards")
+    up.add_argument("--ray-address", help="with --cluster: an existing Ray cluster")
+    commands.add_parser("member", help="run one process of a cluster, described on stdin")
     return parser
 
 
@@ -140,6 +195,7 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     named = {
         "gateway": {"grpc": arguments.grpc, "http": arguments.http, "insecure": arguments.insecure},
         "index": {"shards": arguments.shards, "replicas": arguments.replicas},
+        "cluster": {"nodes": arguments.nodes, "ray_address": arguments.ray_address},
     }
     given = {
         section: {name: value for name, value in values.items() if value is not None}

@@ -139,6 +139,25 @@ class TelemetrySettings(Section):
     trace_share: float = Field(1.0, ge=0, le=1)
 
 
+class ClusterSettings(Section):
+    """How the parts are spread over processes and machines (`up --cluster`)."""
+
+    #: Nodes that hold shards; the same number whenever the service starts on the same data.
+    nodes: int = Field(2, ge=1, le=1_000)
+    #: An existing Ray cluster; otherwise one is started here, on loopback.
+    ray_address: str | None = None
+    #: Where internal servers listen; what other machines reach, where there are any.
+    host: str = "127.0.0.1"
+    #: Processes of one model: at first, and at most as its queues grow.
+    embedders: int = Field(1, ge=1)
+    embedders_most: int = Field(4, ge=1)
+    #: CPUs that Ray sets aside for a node, and for a process of a model.
+    node_cpus: float = Field(1.0, gt=0)
+    embedder_cpus: float = Field(1.0, gt=0)
+    #: How long all of them have to come up.
+    start_s: float = Field(180.0, gt=0)
+
+
 class Config(BaseSettings):
     """The whole tree."""
 
@@ -154,6 +173,7 @@ class Config(BaseSettings):
     metadata: MetadataSettings = MetadataSettings()
     index: IndexSettings = IndexSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    cluster: ClusterSettings = ClusterSettings()
 
 
 class ConfigError(ValueError):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from index_builder.models.build import ensure_model
 from index_builder.models.manifest import ModelManifest
@@ -22,15 +22,14 @@ from services.cache.tier import CacheTier
 from services.config import Config, GatewaySettings
 from services.data_dir import DataDir, StartupError
 from services.embedder.cpus import usable_cpus
-from services.embedder.embedder import Embedder
-from services.embedder.images import ImageEmbedder
-from services.embedder.onnx_model import OnnxModel
+from services.embedder.loading import load
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.batch import BatchRetrieval
 from services.gateway.catalog import Catalog
 from services.gateway.documents import Documents
 from services.gateway.embeddings import Embeddings
+from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint, Shards
 from services.gateway.fanout import FanOut
 from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
@@ -70,6 +69,9 @@ class Addresses:
 class Embedded:
     """The whole service. `start` once, `stop` once; what was started is stopped in reverse order."""
 
+    #: What people are told it is.
+    composition = "embedded"
+
     def __init__(self, config: Config, path: Path, *, release: str, say: Callable[[str], None]) -> None:
         """`say` hears, in a few words, what a long start is doing."""
         self._config = config
@@ -77,6 +79,8 @@ class Embedded:
         self._release = release
         self._say = say
         self._stack = AsyncExitStack()
+        #: Where Postgres is, once it is known.
+        self._postgres_url = ""
 
     async def start(self) -> Addresses:
         """Bring everything up and serve; StartupError, in one sentence, where something is missing."""
@@ -95,6 +99,7 @@ class Embedded:
         self._stack.push_async_callback(supervisor.stop)
         await supervisor.end_orphans()
         store, redis_url, manifest = await self._foundations(supervisor, data_dir)
+        await self._spread(store, data_dir)
         telemetry = Telemetry(counting=self._config.telemetry.metrics)
         tracing = self._tracing()
         cache = await self._cache(redis_url)
@@ -120,7 +125,7 @@ class Embedded:
         )  # fmt: skip
         embedding_service = EmbeddingService(models, self._config)
         search_service = SearchService(retrieval, batch, recommend)
-        components = functools.partial(_components, supervisor, cache, self._config)
+        components = functools.partial(self._components, supervisor, cache)
         admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
         server = Server(
             gateway,
@@ -131,7 +136,13 @@ class Embedded:
                 "CollectionService": CollectionService(catalog, models, self._config),
                 "ModelService": model_service,
                 "ClusterService": ClusterService(
-                    catalog, cache, answers, self._config, release=self._release, components=components
+                    catalog,
+                    cache,
+                    answers,
+                    self._config,
+                    release=self._release,
+                    composition=self.composition,
+                    components=components,
                 ),
             },
             telemetry,
@@ -181,6 +192,13 @@ class Embedded:
         self._stack.push_async_callback(tracing.close)
         return tracing
 
+    async def _spread(self, store: Store, data_dir: DataDir) -> None:
+        """Bring up what runs beside this process: nothing here."""
+
+    def _others(self) -> Mapping[str, tuple[str, str]]:
+        """How that does, each with its state and a detail."""
+        return {}
+
     async def _foundations(
         self, supervisor: Supervisor, data_dir: DataDir
     ) -> tuple[Store, str | None, ModelManifest]:
@@ -188,9 +206,9 @@ class Embedded:
         settings = self._config
 
         async def store() -> Store:
-            url = settings.metadata.postgres_url or await supervisor.start_postgres()
+            self._postgres_url = settings.metadata.postgres_url or await supervisor.start_postgres()
             return await Store.open(
-                url,
+                self._postgres_url,
                 pool_size=settings.metadata.pool_size,
                 statement_timeout_ms=settings.metadata.statement_timeout_ms,
                 tombstone_ttl_s=settings.metadata.tombstone_ttl_s,
@@ -253,31 +271,23 @@ class Embedded:
         return cache
 
     async def _embeddings(self, manifest: ModelManifest, cache: CacheTier) -> Embeddings:
-        embedder = await asyncio.to_thread(self._embedder, manifest)
+        embedder = await self._load(manifest)
         self._stack.push_async_callback(embedder.close)
-        return self._cached(cache, embedder)
+        return self._cached(cache, cast("EmbedderEndpoint", embedder))
 
-    def _embedder(self, manifest: ModelManifest) -> Embedder:
-        """A model of texts with its queue and threads; takes a moment."""
+    async def _load(self, manifest: ModelManifest) -> EmbedderEndpoint | ImageEmbedderEndpoint:
+        """A model with its queue and threads; takes a moment."""
         settings = self._config.embedder
-        model = OnnxModel.load(manifest, threads=manifest.threads, device=settings.device)
-        return Embedder(model, workers=self._workers(manifest), queue_texts=settings.queue_texts)
-
-    def _any_embedder(self, manifest: ModelManifest) -> Embedder | ImageEmbedder:
-        settings = self._config.embedder
-        if manifest.image is None:
-            return self._embedder(manifest)
-        return ImageEmbedder.load(
+        return await asyncio.to_thread(
+            load,
             manifest,
-            workers=self._workers(manifest),
+            workers=settings.workers,
+            queue_texts=settings.queue_texts,
             queue_images=settings.queue_images,
             device=settings.device,
         )
 
-    def _workers(self, manifest: ModelManifest) -> int:
-        return self._config.embedder.workers or max(1, usable_cpus() // manifest.threads)
-
-    def _cached(self, cache: CacheTier, embedder: Embedder) -> Embeddings:
+    def _cached(self, cache: CacheTier, embedder: EmbedderEndpoint) -> Embeddings:
         return Embeddings(
             embedder,
             cache,
@@ -289,16 +299,33 @@ class Embedded:
         return Models(
             default,
             data_dir.models,
-            load=self._any_embedder,
+            load=self._load,
             cached=functools.partial(self._cached, cache),
             max_bytes=self._config.embedder.models_bytes,
         )
 
+    def _components(self, supervisor: Supervisor, cache: CacheTier) -> Mapping[str, tuple[str, str]]:
+        states = {name: (state, "child process") for name, state in supervisor.state().items()}
+        if self._config.metadata.postgres_url:
+            states["postgres"] = ("external", "by URL")
+        states["cache"] = next(
+            ((str(tier["state"]), "Redis tier") for tier in cache.tiers() if tier["name"] == "REDIS"),
+            ("off", "Redis tier"),
+        )
+        return {**states, **self._others()}
+
     async def _catalog(self, store: Store, data_dir: DataDir) -> Catalog:
+        catalog = Catalog(store, self._shards(store, data_dir))
+        self._stack.push_async_callback(catalog.close)
+        await catalog.load()
+        return catalog
+
+    def _shards(self, store: Store, data_dir: DataDir) -> Shards:
+        """Where replicas are opened."""
         settings = self._config.shard
         threads = ThreadPoolExecutor(settings.threads or usable_cpus(), thread_name_prefix="search")
         self._stack.callback(threads.shutdown)
-        shards = LocalShards(
+        return LocalShards(
             data_dir.segments,
             store.follow,
             search_threads=threads,
@@ -307,10 +334,6 @@ class Embedded:
             poll_ms=settings.poll_ms,
             device=settings.device,
         )
-        catalog = Catalog(store, shards)
-        self._stack.push_async_callback(catalog.close)
-        await catalog.load()
-        return catalog
 
 
 def require_private(name: str, address: str, settings: GatewaySettings) -> None:
@@ -333,14 +356,3 @@ def require_private(name: str, address: str, settings: GatewaySettings) -> None:
 async def _finish_http(http: Http, serving: "asyncio.Task[None]") -> None:
     http.stop()
     await asyncio.wait([serving], timeout=5)
-
-
-def _components(supervisor: Supervisor, cache: CacheTier, config: Config) -> Mapping[str, tuple[str, str]]:
-    states = {name: (state, "child process") for name, state in supervisor.state().items()}
-    if config.metadata.postgres_url:
-        states["postgres"] = ("external", "by URL")
-    states["cache"] = next(
-        ((str(tier["state"]), "Redis tier") for tier in cache.tiers() if tier["name"] == "REDIS"),
-        ("off", "Redis tier"),
-    )
-    return states

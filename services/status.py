@@ -5,7 +5,10 @@
 Source: https://google.aip.dev/193.
 """
 
+import functools
+
 import grpc
+import msgspec
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
@@ -89,6 +92,47 @@ def details_of(error: errors.RingfortError) -> status_pb2.Status:
 def trailing_metadata(error: errors.RingfortError) -> tuple[tuple[str, bytes], ...]:
     """The trailing metadata that carries an error's details, as every gRPC library reads them."""
     return (("grpc-status-details-bin", details_of(error).SerializeToString()),)
+
+
+#: Beside the public details, between processes of one service: the error's facts as MessagePack.
+FACTS_HEADER = "ringfort-facts-bin"
+
+
+def internal_metadata(error: errors.RingfortError) -> tuple[tuple[str, bytes], ...]:
+    """The trailing metadata from which `error_from` makes the same error again."""
+    facts = {
+        name: value for name, value in vars(error).items() if isinstance(value, str | int | float | None)
+    }
+    told = (error.reason, [str(part) for part in error.args], facts)
+    return ((FACTS_HEADER, _facts_encoder.encode(told)),)
+
+
+def error_from(failed: grpc.aio.AioRpcError, peer: str) -> errors.RingfortError:
+    """The error that another process of the service raised, or what became of a call to it."""
+    for name, value in failed.trailing_metadata() or ():
+        if name == FACTS_HEADER and isinstance(value, bytes):
+            reason, args, facts = _facts_decoder.decode(value)
+            cls = _by_reason().get(reason, errors.RingfortError)
+            error = cls.__new__(cls)
+            error.args = tuple(args)
+            vars(error).update(facts)
+            return error
+    code, said = failed.code(), failed.details()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceeded(peer)
+    if code is grpc.StatusCode.UNAVAILABLE or code is grpc.StatusCode.CANCELLED:
+        return errors.Unavailable(f"{peer} is away: {said}")
+    return errors.RingfortError(f"{peer} failed: {code.name}: {said}")
+
+
+_facts_encoder = msgspec.msgpack.Encoder()
+_facts_decoder = msgspec.msgpack.Decoder(tuple[str, list[str], dict[str, str | int | float | bool | None]])
+
+
+@functools.cache
+def _by_reason() -> dict[str, type[errors.RingfortError]]:
+    """Every class of errors by how it is spelled on the wire."""
+    return {errors.reason_of(cls): cls for cls in CODES}
 
 
 def _shortened(text: str, limit_bytes: int) -> str:

@@ -6,15 +6,20 @@ against that table.
 """
 
 
+def reason_of(error: "type[RingfortError]") -> str:
+    """An error class in the wire's spelling: DimensionMismatch -> DIMENSION_MISMATCH."""
+    name = error.__name__
+    return "".join(f"_{c}" if c.isupper() and i else c for i, c in enumerate(name)).upper()
+
+
 class RingfortError(Exception):
     """The service could not do what was asked."""
 
     #: ErrorInfo.reason on the wire.
     @property
     def reason(self) -> str:
-        """The error class in the wire's spelling: DimensionMismatch -> DIMENSION_MISMATCH."""
-        name = type(self).__name__
-        return "".join(f"_{c}" if c.isupper() and i else c for i, c in enumerate(name)).upper()
+        """The error class in the wire's spelling."""
+        return reason_of(type(self))
 
     #: The request's field at fault, where one is; "" for the whole of what was given.
     field: str = ""

@@ -78,8 +78,6 @@ class Collection:
     generation: int
     #: Embedding space of the live generation; `vectors:<dim>` for documents that bring their own.
     space: str
-    #: Epoch of the shard map.
-    epoch: int
     created_at_us: int
     aliases: tuple[str, ...] = ()
 
@@ -154,13 +152,15 @@ class Commit:
     """One committed batch: outcomes in the order of the writes, and the log it made.
 
     `upto` is the log's position after the batch; `delta` is what a replica at `delta.after` applies
-    to stand at `upto`, or None where the rows are not at hand and the tail has to be read.
+    to stand at `upto`, or None where the rows are not at hand and the tail has to be read. `epoch` is
+    the shard map's as of the commit, 0 where it was not told.
     """
 
     log_id: str
     upto: int
     outcomes: Sequence[WriteOutcome]
     delta: LogDelta | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,11 @@
-"""Which shard owns which slot, and how that changes with as little movement as possible."""
+"""Which shard owns which slot, and how that changes with as little movement as possible.
+
+A change of the map is a way through types: Steady, Migrating, Retiring, Steady. Each has an epoch of its own,
+and at each every slot has exactly one owner who answers.
+"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -103,3 +107,113 @@ class _RingOrder:
 
     def of(self, slot: int) -> tuple[int, ...]:
         return tuple(map(int, self._ring.preference(f"slot-{slot}")))
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Every slot has one owner, who follows and answers for it."""
+
+    answering: ShardMap
+
+    @property
+    def epoch(self) -> int:
+        """The number of this state."""
+        return self.answering.epoch
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Every shard that has copies, ascending."""
+        return self.answering.shards
+
+    def served_by(self, shard: int) -> tuple[int, ...]:
+        """The slots a shard answers for, ascending."""
+        return tuple(self.answering.slots_of(shard).tolist())
+
+    def followed_by(self, shard: int) -> tuple[int, ...]:
+        """The slots a shard has to keep up with, ascending."""
+        return self.served_by(shard)
+
+    def migrate(self, change: Callable[[ShardMap], ShardMap]) -> "Migrating":
+        """The next state, on the way to what `change` makes of the map."""
+        new = change(self.answering)
+        return Migrating(self.epoch + 1, self.answering, new)
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Some slots change owners; the old and the new one both follow them."""
+
+    epoch: int
+    old: ShardMap
+    new: ShardMap
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Every shard that has copies, ascending."""
+        return tuple(sorted({*self.old.shards, *self.new.shards}))
+
+    def followed_by(self, shard: int) -> tuple[int, ...]:
+        """The slots a shard has to keep up with, ascending."""
+        pairs = zip(self.old.owners, self.new.owners, strict=True)
+        return tuple(slot for slot, owners in enumerate(pairs) if shard in owners)
+
+    @property
+    def gains(self) -> dict[int, tuple[int, ...]]:
+        """By new owner, the slots it gets."""
+        return self._moves(lambda old, new: new)
+
+    @property
+    def losses(self) -> dict[int, tuple[int, ...]]:
+        """By old owner, the slots it gives."""
+        return self._moves(lambda old, new: old)
+
+    def _moves(self, whose: Callable[[int, int], int]) -> dict[int, tuple[int, ...]]:
+        moves: dict[int, list[int]] = {}
+        for slot, (old, new) in enumerate(zip(self.old.owners, self.new.owners, strict=True)):
+            if old != new:
+                moves.setdefault(whose(old, new), []).append(slot)
+        return {shard: tuple(slots) for shard, slots in sorted(moves.items())}
+
+
+@dataclass(frozen=True)
+class Migrating(_Between):
+    """The old owners answer; the new ones are catching up."""
+
+    @property
+    def answering(self) -> ShardMap:
+        """Who answers."""
+        return self.old
+
+    def served_by(self, shard: int) -> tuple[int, ...]:
+        """The slots a shard answers for, ascending."""
+        return tuple(self.old.slots_of(shard).tolist())
+
+    def cut_over(self) -> "Retiring":
+        """The next state: the new owners answer."""
+        return Retiring(self.epoch + 1, self.old, self.new)
+
+    def cancel(self) -> Steady:
+        """The next state, if nothing is to move after all."""
+        return Steady(ShardMap(self.epoch + 1, self.old.owners))
+
+
+@dataclass(frozen=True)
+class Retiring(_Between):
+    """The new owners answer; the old ones follow until everybody knows, and then drop what they had."""
+
+    @property
+    def answering(self) -> ShardMap:
+        """Who answers."""
+        return self.new
+
+    def served_by(self, shard: int) -> tuple[int, ...]:
+        """The slots a shard answers for, ascending."""
+        return tuple(self.new.slots_of(shard).tolist())
+
+    def settle(self) -> Steady:
+        """The last state."""
+        return Steady(ShardMap(self.epoch + 1, self.new.owners))
+
+
+#: What is stored, by epoch. Every step from one to the next is a compare-and-set on the epoch.
+MapState = Steady | Migrating | Retiring

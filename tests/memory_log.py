@@ -1,7 +1,7 @@
 """A log in memory, for the tests of what follows one."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def collection(*, dim: int = 3, metric: Metric = Metric.COSINE, schema: Schema |
     return Collection(
         uid=1, tenant="default", name="things", dim=dim, metric=metric, schema=schema or {}, schema_version=1,
         model=None, slots=16, shards=1, replicas=1, index="auto", max_staleness_ms=0, generation=1,
-        space=f"vectors:{dim}", epoch=1, created_at_us=0,
+        space=f"vectors:{dim}", created_at_us=0,
     )  # fmt: skip
 
 
@@ -60,14 +60,18 @@ class MemoryLog:
         stacked = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
         return LogDelta(self.log_id, after, self.counter, rows, stacked)
 
-    async def tail(self, after: int) -> LogDelta:
-        """The log after a position, at most a page of it."""
+    async def tail(self, after: int, slots: Sequence[int] | None = None) -> LogDelta:
+        """The log after a position, at most a page of it; of these slots only, where any are given."""
         self.reads.append(after)
         await self.open.wait()
         if self.failures:
             raise self.failures.pop(0)
         found = sorted(
-            (pair for pair in self.rows.values() if pair[0].version.seq > after),
+            (
+                pair
+                for pair in self.rows.values()
+                if pair[0].version.seq > after and (slots is None or pair[0].slot in slots)
+            ),
             key=lambda p: p[0].version.seq,
         )
         page = found[: self.page_rows]

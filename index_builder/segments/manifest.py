@@ -44,13 +44,18 @@ class SegmentEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Together the segments hold every document as the log had it at `position`."""
+    """Together the segments hold every document of `slots` as the log had it at `position`.
+
+    They may hold documents of further slots, of which no such thing can be said.
+    """
 
     generation: int
     log_id: str
     position: int
     space: str
     segments: tuple[SegmentEntry, ...]
+    #: None where that was not written down: those that the shard had in the collection's first map.
+    slots: tuple[int, ...] | None = None
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -36,6 +36,15 @@ def up(
         int | None, typer.Option(min=1, metavar="R", help="Replicas of each shard of a new collection.")
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings, as YAML.")] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Run shards and models in processes of their own, on Ray.")
+    ] = False,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --cluster: nodes that hold shards.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="With --cluster: an existing Ray cluster.")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")
     ] = False,
@@ -54,9 +63,15 @@ def up(
         "--shards": shards,
         "--replicas": replicas,
         "--config": config,
+        "--nodes": nodes,
+        "--ray-address": ray_address,
     }
     args = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
-    args += [flag for flag, wanted in (("--insecure", insecure), ("--json", json)) if wanted]
+    args += [
+        flag
+        for flag, wanted in (("--cluster", cluster), ("--insecure", insecure), ("--json", json))
+        if wanted
+    ]
     os.execv(sys.executable, up_command(*args))
 
 

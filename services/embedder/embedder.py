@@ -143,7 +143,7 @@ class Embedder:
         call = self._call(texts, input_type)
         if not texts:
             return Embedded(call.vectors, call.tokens, call.truncated, 0.0, 0.0, 0.0)
-        text_bytes = [_size(i, text) for i, text in enumerate(texts)]
+        text_bytes = [text_size(i, text) for i, text in enumerate(texts)]
         with self._changed:
             if self._closed:
                 raise EmbedderUnavailable(self.manifest.model, self._closed)
@@ -299,7 +299,7 @@ class Embedder:
             _settle([call.future], error)
 
 
-def _size(index: int, text: str) -> int:
+def text_size(index: int, text: str) -> int:
     """Bytes of a text, or InvalidField where UTF-8 could not carry it."""
     try:
         return len(text) if text.isascii() else len(text.encode())

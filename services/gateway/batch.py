@@ -76,7 +76,7 @@ class BatchRetrieval:
             timings.cache_ms = (time.perf_counter() - began) * 1e3
             bodies = [None if row is None else row.body for row in cached]
             missing = [i for i, body in enumerate(bodies) if body is None]
-            asked = answered = len(served.replicas)
+            asked = answered = len(served.shard_map.shards)
             if missing:
                 rest = queries if len(missing) == len(queries) else _picked(queries, missing)
                 found = await self._search(served, request, rest, k, deadline, timings)

@@ -1,91 +1,48 @@
-"""The collections this gateway serves, each with its shard map and its replicas.
+"""The collections this gateway serves, each with its shard map and the copies of its shards.
 
-A replica that cannot follow its log any more is opened anew, and so is everything when the database holds
-another log than before; what is asked meanwhile is answered with Unavailable, not from the old log.
-
-Every shard has one replica, opened by what the composition hands in (endpoints.py); the collection's wish for
-more is kept for a composition with more nodes.
+A copy that cannot follow its log any more is opened anew, and is asked again once it has caught up; so is
+everything when the database holds another log than before, and what is asked meanwhile is answered with
+Unavailable, not from the old log.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
-
-import numpy as np
 
 from services import tasks
 from services.deadline import Deadline
-from services.gateway.endpoints import ShardEndpoint, Shards
+from services.gateway.endpoints import Shards
+from services.gateway.served import Served, settle
 from services.metadata.store import Store
-from services.shard.local_shards import slice_of
-from shard_router.errors import NotFound, RingfortError, Unavailable, UnknownLog
-from shard_router.model import Collection, LogDelta, Metric, Schema
-from shard_router.shard_map import ShardMap
+from shard_router.errors import NotFound, RingfortError, Unavailable
+from shard_router.model import Collection, Metric, Schema
+from shard_router.resharding import Copy
+
+__all__ = ["Catalog", "Served"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: A copy that is opened has so long to catch up with what was written meanwhile; then it is tried again.
+JOIN_S = 30.0
 #: How often it is looked whether something has to be opened anew; after a failure, with longer pauses.
+REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
 #: Figures of which the greatest is told, not the sum.
 _AGES = frozenset(("tail_age_s",))
-REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
-
-
-class Served:
-    """One collection as this gateway serves it."""
-
-    def __init__(self, collection: Collection, shard_map: ShardMap, log_id: str) -> None:
-        self.collection = collection
-        self.shard_map = shard_map
-        self.log_id = log_id
-        #: The log's position after the last write that was acknowledged here, or at the start.
-        self._acknowledged = 0
-        #: By shard.
-        self.replicas: dict[int, ShardEndpoint] = {}
-        #: By shard, bool [slots].
-        self.masks: dict[int, np.ndarray] = {}
-
-    def committed(self, upto: int, delta: LogDelta | None) -> None:
-        """Note a commit and hand its rows to the replicas; one that cannot take them reads the log."""
-        self._acknowledged = max(self._acknowledged, upto)
-        for shard, replica in self.replicas.items():
-            if delta is None or not replica.offer(slice_of(delta, self.masks[shard])):
-                replica.wake()
-
-    @property
-    def position(self) -> int:
-        """The latest log position known: all that was acknowledged here, all that a replica has read."""
-        return max(self._acknowledged, *(replica.position for replica in self.replicas.values()))
-
-    @property
-    def lag_positions(self) -> int:
-        """How far behind the log that is known of the slowest replica is."""
-        return self.position - min(replica.position for replica in self.replicas.values())
-
-    def look(self) -> None:
-        """There may be something new in the log."""
-        for replica in self.replicas.values():
-            replica.wake()
-
-    async def wait_for(self, position: int, deadline: Deadline) -> bool:
-        """Whether every replica has applied `position` before the deadline."""
-        reached = await asyncio.gather(*(r.wait_for(position, deadline) for r in self.replicas.values()))
-        return all(reached)
-
-    def require_token(self, positions: Mapping[str, int]) -> int:
-        """The position a read token asks for, 0 for an empty one; UnknownLog if it is of another log."""
-        for log_id, position in positions.items():
-            if log_id != self.log_id:
-                raise UnknownLog(log_id, position)
-        return positions.get(self.log_id, 0)
 
 
 class Catalog:
     """Every collection of the store, open; names and aliases resolve here."""
 
-    def __init__(self, store: Store, shards: Shards) -> None:
+    def __init__(
+        self,
+        store: Store,
+        shards: Shards,
+    ) -> None:
+        """`shards` opens the copies of shards."""
         self.store = store
         self._shards = shards
         self._by_name: dict[tuple[str, str], Served] = {}
@@ -93,6 +50,8 @@ class Catalog:
         #: Changes of the catalog happen one at a time.
         self._changing = asyncio.Lock()
         self._reviewing: asyncio.Task[None] | None = None
+        #: Set when there may be something to open anew.
+        self._hurried = asyncio.Event()
         #: The log that everything was opened on.
         self._log_id = ""
         #: Told of every collection that goes, so that its writers end.
@@ -104,12 +63,38 @@ class Catalog:
         self._reviewing = asyncio.create_task(self._review(), name="catalog-review")
 
     async def close(self) -> None:
-        """Close every replica."""
+        """Close every copy."""
         await tasks.end(self._reviewing)
         for served in self.all():
             await _close(served)
         self._by_name.clear()
         self._by_alias.clear()
+
+    def hurry(self) -> None:
+        """Look at once whether something can be opened anew: a node has come back."""
+        self._hurried.set()
+
+    async def reconcile(self, served: Served) -> None:
+        """Open the copies that its map and its number of replicas ask for, and close all others.
+
+        Each is asked as soon as it has caught up; returns, or raises what opening one of them did, when all
+        have come to an end.
+        """
+        async with served.reconciling:
+            state, wanted = served.state, served.wanted()
+            for copy, replica in list(served.copies()):
+                if copy not in wanted or replica.fell.is_set():
+                    await served.leave(copy).close()
+                if copy not in wanted:
+                    await self._shards.forget(served.collection, copy.shard, copy.replica)
+            for shard in [shard for shard in served.replicas if shard not in state.shards]:
+                del served.replicas[shard]
+            here = {copy for copy, _ in served.copies()}
+            opening = [self._join(served, copy) for copy in sorted(wanted - here)]
+            results = await asyncio.gather(*opening, return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
 
     def all(self) -> list[Served]:
         """Every collection, by tenant and name."""
@@ -153,7 +138,13 @@ class Catalog:
                 tenant=tenant, name=name, dim=dim, metric=metric, schema=schema, model=model, slots=slots,
                 shards=shards, replicas=replicas, index=index, max_staleness_ms=max_staleness_ms, space=space,
             )  # fmt: skip
-            served = await self._open(collection)
+            try:
+                served = await self._open(collection)
+            except BaseException:
+                # Nobody was told of it, and nobody would open it before the next start.
+                with contextlib.suppress(RingfortError):
+                    await self.store.delete_collection(tenant, name)
+                raise
             self._index(served)
             return served
 
@@ -170,11 +161,10 @@ class Catalog:
                 await self.store.delete_collection(tenant, name)
             except BaseException:
                 # Still there, as far as we know; the review opens it again.
-                for replica in served.replicas.values():
-                    replica.fell.set()
+                served.replicas.clear()
                 self._index(served)
                 raise
-            await self._shards.forget(served.collection)
+            await self._shards.forget_all(served.collection)
 
     async def set_alias(self, tenant: str, alias: str, name: str | None) -> None:
         """Point an alias at a collection, or remove it."""
@@ -191,10 +181,10 @@ class Catalog:
             }
 
     def stats(self) -> dict[str, float]:
-        """The replicas' figures, added up over all collections."""
+        """The copies' figures, added up over all collections."""
         totals: dict[str, float] = {}
         for served in self.all():
-            for replica in served.replicas.values():
+            for _, replica in served.copies():
                 for name, value in replica.stats().items():
                     known = totals.get(name, 0.0)
                     totals[name] = max(known, value) if name in _AGES else known + value
@@ -206,9 +196,8 @@ class Catalog:
         told: dict[str, dict[str, float]] = {}
         for served in self.all():
             tenant, name = served.collection.tenant, served.collection.name
-            replicas = served.replicas.values()
             told[name if tenant == "default" else f"{tenant}/{name}"] = {
-                "documents": sum(replica.describe()["documents"] for replica in replicas),
+                "documents": served.documents,
                 "lag_positions": served.lag_positions,
             }
         return told
@@ -229,7 +218,7 @@ class Catalog:
         log_id, collections = self.store.log_id, await self.store.collections()
         for served in await _all_or_none((self._open(c) for c in collections), _close):
             self._index(served)
-        await self._shards.keep_only(collections)
+        await self._shards.keep_only((c.uid, c.generation) for c in collections)
         self._log_id = log_id
 
     async def _drop(self, served: Served) -> None:
@@ -244,7 +233,12 @@ class Catalog:
         """Open anew what cannot go on as it is, until that works."""
         pause_s = REVIEW_S
         while True:
-            await asyncio.sleep(pause_s)
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._hurried.wait()
+            except TimeoutError:
+                pass
+            self._hurried.clear()
             try:
                 async with self._changing:
                     await self._reopen()
@@ -260,35 +254,55 @@ class Catalog:
             for served in self.all():
                 await self._drop(served)
             await self._load()
+        failures: list[Exception] = []
         for served in self.all():
-            for shard, replica in served.replicas.items():
-                if replica.fell.is_set():
-                    await replica.close()
-                    served.replicas[shard] = await self._open_shard(served, shard)
+            if served.wants_copies and not served.reconciling.locked():
+                try:
+                    await self.reconcile(served)
+                except Exception as error:  # the others' copies can be opened all the same
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     async def _open(self, collection: Collection) -> Served:
-        shard_map = ShardMap.create(collection.slots, collection.shards)
-        served = Served(collection, shard_map, self.store.log_id)
-        for shard in shard_map.shards:
-            mask = np.zeros(collection.slots, bool)
-            mask[shard_map.slots_of(shard)] = True
-            served.masks[shard] = mask
-        opening = (self._open_shard(served, shard) for shard in shard_map.shards)
-        opened = await _all_or_none(opening, lambda replica: replica.close())
-        served.replicas = dict(zip(shard_map.shards, opened, strict=True))
+        served = Served(collection, await self.store.shard_maps.get(collection), self.store.log_id)
         try:
+            await self.reconcile(served)
             served.committed(await self.store.position(collection), None)
         except BaseException:
             await _close(served)
             raise
         return served
 
-    async def _open_shard(self, served: Served, shard: int) -> ShardEndpoint:
-        return await self._shards.open(served.collection, shard, served.masks[shard], served.log_id)
+    async def _join(self, served: Served, copy: Copy) -> None:
+        """Open a copy, and let it be asked as soon as it has everything that is known of the log."""
+        state = served.state
+        replica = await self._shards.open(
+            served.collection, copy.shard, copy.replica,
+            slots=state.served_by(copy.shard), epoch=state.epoch, log_id=served.log_id,
+        )  # fmt: skip
+        served.joining.add(replica)
+        try:
+            deadline = Deadline.after(JOIN_S)
+            while True:
+                state, position = served.state, served.position
+                await replica.backfill(state.served_by(copy.shard))
+                replica.wake()
+                if not await replica.wait_for(position, deadline):
+                    raise Unavailable(f"shard {copy.shard} of {served.collection.name} cannot catch up")
+                if served.state is state and served.position <= max(position, replica.position):
+                    await settle(replica, state, copy.shard)
+                    served.join(copy, replica)
+                    return
+        except BaseException:
+            await replica.close()
+            raise
+        finally:
+            served.joining.discard(replica)
 
 
 async def _close(served: Served) -> None:
-    await asyncio.gather(*(replica.close() for replica in served.replicas.values()))
+    await asyncio.gather(*(replica.close() for _, replica in served.copies()))
 
 
 async def _all_or_none(opening: Iterable[Awaitable[T]], close: Callable[[T], Awaitable[None]]) -> Sequence[T]:

@@ -103,7 +103,7 @@ class Committer:
             if isinstance(error, asyncio.CancelledError):
                 raise
             return
-        self._served.committed(commit.upto, commit.delta)
+        self._served.committed(commit.upto, commit.delta, commit.epoch)
         at = 0
         for waiting in batch:
             outcomes = commit.outcomes[at : at + len(waiting.writes)]

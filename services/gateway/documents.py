@@ -78,7 +78,7 @@ class Documents:
             filter = check(filter, served.collection.schema)
         if not await served.wait_for(served.position, deadline):
             raise DeadlineExceeded("waiting for the shards")
-        counts = [await replica.count(filter) for replica in served.replicas.values()]
+        counts = await served.each_shard(lambda replica, epoch: replica.count(filter, epoch=epoch), deadline)
         return pb.CountResponse(count=sum(counts))
 
 

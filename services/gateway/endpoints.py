@@ -36,8 +36,20 @@ class ShardEndpoint(Protocol):
     def position(self) -> int:
         """What of the log it has applied, as far as is known here."""
 
+    def followed(self) -> frozenset[int]:
+        """The slots whose writes it applies, as far as is known here."""
+
+    async def backfill(self, slots: Sequence[int]) -> None:
+        """Have it follow these slots too; returns when all of their documents are there."""
+
+    async def serve(self, epoch: int, slots: Sequence[int]) -> None:
+        """Have it answer for exactly these slots from that epoch on; ValueError where it lacks one."""
+
+    async def release(self, slots: Sequence[int]) -> None:
+        """Have it follow these slots no more."""
+
     def offer(self, delta: LogDelta) -> bool:
-        """Hand a committed batch over; False where the replica has to read the log instead."""
+        """Hand a whole committed batch over; False where the replica has to read the log instead."""
 
     def wake(self) -> None:
         """There is something new in the log."""
@@ -55,6 +67,7 @@ class ShardEndpoint(Protocol):
         effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
+        epoch: int | None = None,
         deadline: Deadline,
     ) -> Awaitable[ShardAnswer[list[Hit]]]:
         """The best k documents of each query."""
@@ -69,17 +82,20 @@ class ShardEndpoint(Protocol):
         effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
+        epoch: int | None = None,
         deadline: Deadline,
     ) -> Awaitable[ShardAnswer[RenderedHits]]:
         """The same, as it goes on the wire."""
 
-    async def count(self, filter: Filter | None) -> int:
+    async def count(self, filter: Filter | None, *, epoch: int | None = None) -> int:
         """How many live documents pass."""
 
-    async def matching(self, filter: Filter | None, limit: int) -> list[tuple[str, Version]]:
+    async def matching(
+        self, filter: Filter | None, limit: int, *, epoch: int | None = None
+    ) -> list[tuple[str, Version]]:
         """Ids and versions of at most `limit` that pass."""
 
-    async def vectors(self, ids: Sequence[str]) -> Mapping[str, np.ndarray]:
+    async def vectors(self, ids: Sequence[str], *, epoch: int | None = None) -> Mapping[str, np.ndarray]:
         """The vectors of those documents that are here, float32 [dim]."""
 
     async def close(self) -> None:
@@ -101,14 +117,26 @@ class ShardEndpoint(Protocol):
 class Shards(Protocol):
     """Where replicas are opened."""
 
-    async def open(self, collection: Collection, shard: int, slots: np.ndarray, log_id: str) -> ShardEndpoint:
-        """A replica of a shard, which can answer by then; slots: bool [slots], those of the shard."""
+    async def open(
+        self,
+        collection: Collection,
+        shard: int,
+        replica: int,
+        *,
+        slots: Sequence[int],
+        epoch: int,
+        log_id: str,
+    ) -> ShardEndpoint:
+        """A replica that has these slots of the log and answers for them at `epoch`."""
 
-    async def forget(self, collection: Collection) -> None:
-        """Remove what is kept of a collection that is gone."""
+    async def forget(self, collection: Collection, shard: int, replica: int) -> None:
+        """Remove the files of a closed replica that will not be opened again."""
 
-    async def keep_only(self, collections: Iterable[Collection]) -> None:
-        """Remove what is kept of any other collection."""
+    async def forget_all(self, collection: Collection) -> None:
+        """Remove every file of a collection that is gone."""
+
+    async def keep_only(self, collections: Iterable[tuple[int, int]]) -> None:
+        """Remove the files of every collection but those of these (uid, generation)."""
 
 
 class EmbedderEndpoint(Protocol):

@@ -5,26 +5,34 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, NamedTuple
+from functools import partial
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from index_builder.segments.index_spec import Effort
+from services import tasks
 from services.deadline import Deadline
-from services.gateway.catalog import Served
 from services.gateway.endpoints import ShardEndpoint
+from services.gateway.served import Served
 from services.shard.rendering import RenderedHits, RenderedRow
 from services.shard.replica import Hits, ShardAnswer
 from services.telemetry import stage
-from shard_router.errors import DeadlineExceeded, ShardUnavailable
-from shard_router.fanout_plan import plan_fanout
+from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, Unavailable
+from shard_router.fanout_plan import Ask, GiveUp, ShardQuestion, Wait, plan_fanout, stale_pause_s
 from shard_router.filters import Filter
 from shard_router.merge import merge
 from shard_router.model import Hit, Include, Version
+from shard_router.resharding import Copy
 
 log = logging.getLogger(__name__)
 
 _FANOUT, _MERGE = stage("fanout"), stage("merge")
+
+#: A method of a replica that searches.
+_Ask = Callable[..., Awaitable[ShardAnswer[Hits]]]
+#: Asks a replica what is asked of all.
+_Call = Callable[[ShardEndpoint], Awaitable[ShardAnswer[Hits]]]
 
 
 class Found(NamedTuple, Generic[Hits]):
@@ -40,6 +48,8 @@ class Found(NamedTuple, Generic[Hits]):
     answered: int
     search_ms: float
     merge_ms: float
+    #: Of the shard map it was planned by.
+    epoch: int
 
     @property
     def complete(self) -> bool:
@@ -48,7 +58,7 @@ class Found(NamedTuple, Generic[Hits]):
 
 
 class FanOut:
-    """Asks one replica of every shard, each for its own slots."""
+    """Asks one replica of every shard, each for its own slots as of one epoch of the map."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -99,20 +109,23 @@ class FanOut:
         k: int,
         options: "_Options",
         min_coverage: float,
-        ask: "_Ask[Hits]",
+        ask: _Ask[Hits],
         merge: Callable[[Sequence[Hits], int], Hits],
     ) -> Found[Hits]:
         began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
-        if len(served.replicas) == 1:  # nothing to choose, nothing to do side by side
-            [shard] = served.replicas
-            asked, answers = 1, [await _outcome(served, shard, queries, k, options, ask)]
-        else:
-            loads = {shard: [0.0] for shard in served.replicas}
-            plan = plan_fanout(served.shard_map, loads, self._rng)
-            asked = len(plan.calls) + len(plan.unreachable)
-            answers = await asyncio.gather(
-                *(_outcome(served, call.shard, queries, k, options, ask) for call in plan.calls)
-            )
+        attempt = 0
+        while True:
+            try:
+                epoch = served.state.epoch
+                asked, answers = await self._answers(served, queries, k, options, ask)
+                break
+            except StaleEpoch:
+                # A replica has gone over to another map, or has yet to: what others said may not fit.
+                attempt += 1
+                pause_s = stale_pause_s(attempt)
+                if options.deadline.left_s() <= pause_s:
+                    raise DeadlineExceeded("planning by the shard map") from None
+                await asyncio.sleep(pause_s)
         good = [answer for answer in answers if answer is not None]
         # A shard that lacks documents for now tells what it has, and does not count.
         answered = sum([answer.complete for answer in good])
@@ -134,7 +147,90 @@ class FanOut:
             answered,
             (searched - began) * 1e3,
             merge_s * 1e3,
+            epoch,
         )
+
+    async def _answers(
+        self, served: Served, queries: np.ndarray, k: int, options: "_Options", ask: _Ask[Hits]
+    ) -> tuple[int, Sequence[ShardAnswer[Hits] | None]]:
+        """How many shards there are, and the answers of those that could be asked; StaleEpoch."""
+        epoch, shards = served.state.epoch, served.shard_map.shards
+        call = partial(_call, queries, k, options, epoch, ask)
+        if served.collection.replicas == 1:  # nobody to choose from
+            if len(shards) == 1:  # nothing to do side by side
+                return 1, [await self._sole(served, shards[0], call)]
+            return len(shards), await asyncio.gather(*(self._sole(served, shard, call) for shard in shards))
+        loads = {shard: served.loads(shard) for shard in shards}
+        plan = plan_fanout(served.shard_map, loads, self._rng)
+        asked = len(plan.calls) + len(plan.unreachable)
+        return asked, await asyncio.gather(
+            *(
+                self._one_of(served, one.shard, ShardQuestion(one.replica, loads[one.shard]), call)
+                for one in plan.calls
+            )
+        )
+
+    async def _sole(self, served: Served, shard: int, call: "_Call[Hits]") -> ShardAnswer[Hits] | None:
+        """The answer of a shard's only copy; None where it failed."""
+        replica = served.replicas.get(shard, {}).get(0)
+        if replica is None:
+            return None
+        try:
+            return await call(replica)
+        except (DeadlineExceeded, StaleEpoch):
+            raise
+        except Exception as error:
+            _failed(served, Copy(shard, 0), error)
+            return None
+
+    async def _one_of(
+        self, served: Served, shard: int, question: ShardQuestion, call: "_Call[Hits]"
+    ) -> ShardAnswer[Hits] | None:
+        """The first answer of a shard's copies; None where those that were asked failed."""
+        asking: dict[asyncio.Task[ShardAnswer[Hits]], int] = {}
+
+        def begin(number: int) -> None:
+            asking[asyncio.create_task(self._counted(served, Copy(shard, number), call))] = number
+
+        served.hedges.asked()
+        begin(question.first)
+        p95_ms = served.latencies.p95_ms
+        try:
+            while True:
+                step: Ask | Wait | GiveUp = Wait()
+                limit_s = p95_ms / 1e3 if p95_ms is not None and question.may_hedge else None
+                done, _ = await asyncio.wait(asking, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    p95_ms, step = None, question.late(served.hedges)
+                for task in done:
+                    number, error = asking.pop(task), task.exception()
+                    if error is None:
+                        return task.result()
+                    if isinstance(error, DeadlineExceeded | StaleEpoch):
+                        raise error
+                    _failed(served, Copy(shard, number), error)
+                    step = question.failed(number, unavailable=isinstance(error, Unavailable))
+                match step:
+                    case Ask(number):
+                        begin(number)
+                    case GiveUp():
+                        return None
+        finally:
+            await tasks.end(*asking)
+
+    async def _counted(self, served: Served, copy: Copy, call: "_Call[Hits]") -> ShardAnswer[Hits]:
+        """A copy's answer, counted while it is under way, and its time taken."""
+        replica = served.replicas.get(copy.shard, {}).get(copy.replica)
+        if replica is None:
+            raise Unavailable(f"replica {copy.replica} of shard {copy.shard} has left")
+        began = time.perf_counter()
+        served.in_flight[copy] = served.in_flight.get(copy, 0) + 1
+        try:
+            answer = await call(replica)
+        finally:
+            served.in_flight[copy] -= 1
+        served.latencies.add((time.perf_counter() - began) * 1e3)
+        return answer
 
 
 class _Options(NamedTuple):
@@ -148,39 +244,28 @@ class _Options(NamedTuple):
     deadline: Deadline
 
 
-#: Which of a replica's two searches is wanted.
-_Ask = Callable[[ShardEndpoint], Callable[..., Awaitable[ShardAnswer[Hits]]]]
-
-
-def _values(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[list[Hit]]]]:
-    return replica.search
-
-
-def _rendered(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[RenderedHits]]]:
-    return replica.search_rendered
-
-
-async def _outcome(
-    served: Served,
-    shard: int,
-    queries: np.ndarray,
-    k: int,
-    options: _Options,
-    ask: _Ask[Hits],
-) -> ShardAnswer[Hits] | None:
-    """A shard's answer; None where it failed, DeadlineExceeded where time is up."""
+def _call(
+    queries: np.ndarray, k: int, options: _Options, epoch: int, ask: _Ask[Hits], replica: ShardEndpoint
+) -> Awaitable[ShardAnswer[Hits]]:
+    """A copy's answer."""
     filter, exact, effort, include, exclude, deadline = options
-    try:
-        return await ask(served.replicas[shard])(
-            queries, k, filter=filter, exact=exact, effort=effort, include=include,
-            exclude=exclude, deadline=deadline,
-        )  # fmt: skip
-    except DeadlineExceeded:
-        raise
-    except Exception as error:
-        name = served.collection.name
-        log.error("shard %d of %s failed a search", shard, name, exc_info=error)
-        return None
+    return ask(
+        replica, queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
+        epoch=epoch, deadline=deadline,
+    )  # fmt: skip
+
+
+def _values(replica: ShardEndpoint, *query: Any, **options: Any) -> Awaitable[ShardAnswer[list[Hit]]]:
+    return replica.search(*query, **options)
+
+
+def _rendered(replica: ShardEndpoint, *query: Any, **options: Any) -> Awaitable[ShardAnswer[RenderedHits]]:
+    return replica.search_rendered(*query, **options)
+
+
+def _failed(served: Served, copy: Copy, error: BaseException) -> None:
+    name = served.collection.name
+    log.error("replica %d of shard %d of %s failed a search", copy.replica, copy.shard, name, exc_info=error)
 
 
 class _Scored(NamedTuple):

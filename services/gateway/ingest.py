@@ -269,11 +269,10 @@ class Ingest:
         while True:
             if not await served.wait_for(upto, deadline):
                 deadline.require("waiting for the shards")
-            found = [
-                match
-                for replica in served.replicas.values()
-                for match in await replica.matching(filter, DELETE_ROWS)
-            ][:DELETE_ROWS]
+            matches = await served.each_shard(
+                lambda replica, epoch: replica.matching(filter, DELETE_ROWS, epoch=epoch), deadline
+            )
+            found = [match for of_shard in matches for match in of_shard][:DELETE_ROWS]
             if not found:
                 return deleted, upto
             # By version: a document that changed meanwhile is looked at again in the next round.

@@ -7,7 +7,7 @@ a bound on the bytes of their graphs; the one that was idle longest makes room f
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -60,7 +60,7 @@ class _Held:
 class Models:
     """Every embedding model by name, and texts to vectors by any of them.
 
-    `load` makes an embedder of a model, on a thread; `cached` puts the embedding cache before it. At most
+    `load` makes an embedder of a model; `cached` puts the embedding cache before it. At most
     `max_bytes` of graphs are loaded beside the default's.
     """
 
@@ -69,7 +69,7 @@ class Models:
         default: Embeddings,
         directory: Path,
         *,
-        load: Callable[[ModelManifest], EmbedderEndpoint | ImageEmbedderEndpoint],
+        load: Callable[[ModelManifest], Awaitable[EmbedderEndpoint | ImageEmbedderEndpoint]],
         cached: Callable[[EmbedderEndpoint], Embeddings],
         max_bytes: int,
     ) -> None:
@@ -271,7 +271,7 @@ class Models:
                 manifest = await asyncio.to_thread(self._present, manifest)
                 graph_bytes = (manifest.directory / GRAPH_FILE).stat().st_size
                 await self._make_room(graph_bytes)
-                embedder = await asyncio.to_thread(self._load_embedder, manifest)
+                embedder = await self._load_embedder(manifest)
                 texts = manifest.image is None
                 embeddings = self._cached(cast("EmbedderEndpoint", embedder)) if texts else None
                 self._held[manifest.model] = _Held(embedder, embeddings, graph_bytes)

@@ -182,7 +182,7 @@ class Recommend:
         if by_kind["id"]:
             ids = [example.id for _, example in by_kind["id"]]
             fields = [f"{where}.id" for where, _ in by_kind["id"]]
-            parts.append(await self._retrieval.document_vectors(served, ids, fields))
+            parts.append(await self._retrieval.document_vectors(served, ids, fields, deadline))
         for where, example in by_kind["vector"]:
             vector = wire.array_from(example.vector, f"{where}.vector", dim=dim)
             if len(vector) != 1:

@@ -119,11 +119,14 @@ class Retrieval:
             served.collection, texts, InputType.QUERY, deadline, use_cache=use_cache
         )
 
-    async def document_vectors(self, served: Served, ids: Sequence[str], fields: Sequence[str]) -> np.ndarray:
+    async def document_vectors(
+        self, served: Served, ids: Sequence[str], fields: Sequence[str], deadline: Deadline
+    ) -> np.ndarray:
         """The vectors of stored documents, float32 [n, dim]; NotFound names the field of one that is not."""
         found: dict[str, np.ndarray] = {}
-        for replica in served.replicas.values():
-            found.update(await replica.vectors(ids))
+        told = await served.each_shard(lambda replica, epoch: replica.vectors(ids, epoch=epoch), deadline)
+        for of_shard in told:
+            found.update(of_shard)
         for id, field in zip(ids, fields, strict=True):
             if id not in found:
                 raise NotFound("document", id, field)
@@ -172,7 +175,7 @@ class Retrieval:
         response.generation = collection.generation
         response.space = collection.space
         response.variant = self._models.variant(collection)
-        response.epoch = served.shard_map.epoch
+        response.epoch = served.state.epoch
         return response
 
     async def _search(
@@ -197,7 +200,7 @@ class Retrieval:
                 raise InvalidField("vector.rows", f"{len(queries)} rows where one is meant")
         else:
             wire.key(request.id, "id", self._limits.max_id_bytes)
-            queries = await self.document_vectors(served, [request.id], ["id"])
+            queries = await self.document_vectors(served, [request.id], ["id"], deadline)
             exclude = frozenset((request.id,))
         found = await self._fanout.search_rendered(
             served, queries, k,
@@ -216,7 +219,7 @@ class Retrieval:
             collection.generation,
             collection.space,
             self._models.variant(collection),
-            served.shard_map.epoch,
+            found.epoch,
             found.asked,
             found.answered,
         )

@@ -287,7 +287,7 @@ class CollectionService:
             generation=c.generation,
             space=c.space,
             variant=self._models.variant(c),
-            epoch=served.shard_map.epoch,
+            epoch=served.state.epoch,
             aliases=c.aliases,
             created_at=wire.timestamp(c.created_at_us),
         )
@@ -304,13 +304,14 @@ class ClusterService:
         config: Config,
         *,
         release: str,
+        composition: str,
         components: Callable[[], Mapping[str, tuple[str, str]]],
     ) -> None:
         self._catalog = catalog
         self._cache = cache
         self._answers = answers
         self._config = config
-        self._release = release
+        self._release, self._composition = release, composition
         self._components = components
         self._began = time.monotonic()
 
@@ -318,7 +319,7 @@ class ClusterService:
         limits = self._config.gateway.limits
         return pb.DescribeResponse(
             version=self._release,
-            composition="embedded",
+            composition=self._composition,
             uptime_s=time.monotonic() - self._began,
             limits=pb.Limits(
                 max_k=limits.max_k,
@@ -364,12 +365,17 @@ class ClusterService:
 
     @staticmethod
     def _status(served: Served) -> pb.CollectionStatus:
-        replicas = []
-        for shard, replica in served.replicas.items():
+        here = dict(served.copies())
+        replicas = [
+            pb.Replica(shard=copy.shard, replica=copy.replica, state="opening")
+            for copy in served.wanted() - here.keys()
+        ]
+        for copy, replica in here.items():
             told, (state, detail) = replica.describe(), replica.condition()
             replicas.append(
                 pb.Replica(
-                    shard=shard,
+                    shard=copy.shard,
+                    replica=copy.replica,
                     endpoint=replica.endpoint,
                     state=state,
                     detail=detail,
@@ -393,7 +399,7 @@ class ClusterService:
         return pb.CollectionStatus(
             name=served.collection.name,
             generation=served.collection.generation,
-            epoch=served.shard_map.epoch,
+            epoch=served.state.epoch,
             watermark=served.position,
-            replicas=replicas,
+            replicas=sorted(replicas, key=lambda each: (each.shard, each.replica)),
         )

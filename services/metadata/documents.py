@@ -76,9 +76,16 @@ class Documents:
             return await read_position(connection, collection)
 
     async def tail(
-        self, collection: Collection, after: int, limit: int, empty_at: int = 0
+        self,
+        collection: Collection,
+        after: int,
+        limit: int,
+        empty_at: int = 0,
+        slots: Sequence[int] | None = None,
     ) -> tuple[LogDelta, int]:
         """What the log holds beyond `after`, in order of position, at most `limit` rows; and its position.
+
+        Of these slots only, where any are given.
 
         `upto` is the log's position if everything fitted, else that of the last row. Nothing at or below
         `upto` can appear later. Raises UnknownLog where the log never was at `after`, and LogPurged where it
@@ -86,7 +93,13 @@ class Documents:
         the log stood when the reader began with nothing, for it has seen no document that they removed.
         """
         log_id = self._ownership.claim.log_id
-        wanted = {"uid": collection.uid, "log_id": log_id, "after": after, "limit": limit}
+        wanted = {
+            "uid": collection.uid,
+            "log_id": log_id,
+            "after": after,
+            "limit": limit,
+            "slots": None if slots is None else list(slots),
+        }
         rows: list[LogRow] = []
         vectors: dict[int, bytes | None] = {}
         counter, floor = None, 0

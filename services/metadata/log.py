@@ -212,12 +212,12 @@ class Log:
         if row is None:
             await read_position(connection, collection)  # NotFound where the collection is gone
             raise _Superseded
-        after, number = row
+        after, number, epoch = row
         self._numbers[collection.uid] = max(number, self._numbers.get(collection.uid, 0))
         upto = after + plan.positions
         vectors = matrix.astype(np.float32, copy=False)
         delta = LogDelta(log_id, after, upto, plan.rows(after), vectors)
-        return Commit(log_id, upto, plan.outcomes(after), delta)
+        return Commit(log_id, upto, plan.outcomes(after), delta, epoch)
 
     async def _remembered(
         self, collection: Collection, write_id: uuid.UUID, known: int, deadline: Deadline
@@ -338,4 +338,4 @@ def _joined(commits: Sequence[Commit]) -> Commit:
     if len(commits) == 1:
         return commits[0]
     outcomes = [outcome for commit in commits for outcome in commit.outcomes]
-    return Commit(commits[-1].log_id, commits[-1].upto, outcomes, None)
+    return Commit(commits[-1].log_id, commits[-1].upto, outcomes, None, commits[-1].epoch)

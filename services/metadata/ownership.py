@@ -231,6 +231,28 @@ class Ownership:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
+class BorrowedClaim(Ownership):
+    """A claim that another process holds, as that one told it: good to read by, and to write with."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def tell(self, claim: Claim) -> None:
+        """The holder's present claim."""
+        if claim != self._claim:
+            self._claim, self._lost = claim, None
+            self._taken.set()
+
+    async def check_identity(self, connection: Connection) -> None:
+        """As of every claim; a connection made before the holder was heard waits for it."""
+        try:
+            async with asyncio.timeout(REGAIN_WAIT_S):
+                await self._taken.wait()
+        except TimeoutError:
+            raise psycopg.OperationalError("the claim to the database was not told yet") from None
+        await super().check_identity(connection)
+
+
 async def _identity(connection: Connection) -> str:
     cursor = await connection.execute(bare_statement("identity"))
     row = await cursor.fetchone()

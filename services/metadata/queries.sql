@@ -43,7 +43,7 @@ SELECT %(tenant)s, %(name)s, %(dim)s, %(metric)s, %(schema)s, %(model)s, %(slots
        %(index)s, %(max_staleness_ms)s, %(space)s
 WHERE NOT EXISTS (SELECT FROM aliases WHERE tenant = %(tenant)s AND alias = %(name)s)
 ON CONFLICT (tenant, name) DO NOTHING
-RETURNING uid, generation, schema_version, epoch, created_at_us;
+RETURNING uid, generation, schema_version, created_at_us;
 
 -- create_counter: an empty log
 INSERT INTO counters (collection_uid, claim) VALUES (%(uid)s, %(claim)s);
@@ -76,7 +76,7 @@ WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0
 
 -- collections: all collections of all tenants, with their aliases
 SELECT uid, tenant, name, dim, metric, schema, schema_version, model, slots, shards, replicas, index,
-       max_staleness_ms, generation, space, epoch, created_at_us,
+       max_staleness_ms, generation, space, created_at_us,
        ARRAY(SELECT alias FROM aliases WHERE collection_uid = uid ORDER BY alias) AS aliases
 FROM collections ORDER BY uid;
 
@@ -124,6 +124,42 @@ WHERE name = %(name)s AND version = %(version)s;
 -- restore_model: a version becomes live again, in its old turn
 UPDATE models SET state = 'live' WHERE name = %(name)s AND version = %(version)s;
 
+-- shard_map: a collection's epoch and who owns its slots; nulls where the first map is the only one there was
+SELECT c.epoch, m.phase, m.owners, m.next
+FROM counters c LEFT JOIN shard_maps m USING (collection_uid) WHERE c.collection_uid = %(uid)s;
+
+-- advance_epoch: go from one epoch to the next, if the claim is still held; writes wait until it is done
+UPDATE counters SET epoch = %(epoch)s
+WHERE collection_uid = %(uid)s AND claim = %(claim)s AND epoch = %(epoch)s - 1 RETURNING epoch;
+
+-- put_shard_map: who owns a collection's slots from this epoch on
+INSERT INTO shard_maps (collection_uid, phase, owners, next)
+VALUES (%(uid)s, %(phase)s, %(owners)s, %(next)s)
+ON CONFLICT (collection_uid) DO UPDATE
+SET phase = excluded.phase, owners = excluded.owners, next = excluded.next;
+
+-- set_replicas: how many copies each shard of a collection is to have
+UPDATE collections SET replicas = %(replicas)s WHERE uid = %(uid)s;
+
+-- begin_job: a job that runs
+INSERT INTO jobs (id, collection_uid, kind, state, argument)
+VALUES (%(id)s, %(uid)s, %(kind)s, 'running', %(argument)s)
+RETURNING id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us;
+
+-- end_job: a job has come to its end
+UPDATE jobs SET state = %(state)s, message = %(message)s,
+                ended_at_us = (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+WHERE id = %(id)s AND state = 'running'
+RETURNING id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us;
+
+-- jobs: the latest jobs of some collections
+SELECT id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us
+FROM jobs WHERE collection_uid = ANY (%(uids)s) ORDER BY started_at_us DESC LIMIT 256;
+
+-- running_jobs: the jobs that have not ended
+SELECT id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us
+FROM jobs WHERE state = 'running' ORDER BY started_at_us;
+
 -- position: where a log stands
 SELECT seq FROM counters WHERE collection_uid = %(uid)s;
 
@@ -144,7 +180,7 @@ JOIN {documents} d ON d.slot = wanted.slot AND d.id = wanted.id;
 WITH counter AS (
     UPDATE counters SET seq = seq + %(positions)s, writes = writes + 1
     WHERE collection_uid = %(uid)s AND claim = %(claim)s
-    RETURNING seq - %(positions)s AS after, writes
+    RETURNING seq - %(positions)s AS after, writes, epoch
 ), remembered AS (
     INSERT INTO recent_writes (collection_uid, place, write_id, after)
     SELECT %(uid)s, writes %% %(remembered)s, %(write_id)s, after FROM counter
@@ -168,7 +204,7 @@ WITH counter AS (
     FROM batch WHERE has_vector
     ON CONFLICT (slot, id) DO UPDATE SET doc_seq = excluded.doc_seq, vector = excluded.vector
 )
-SELECT after, writes FROM counter;
+SELECT after, writes, epoch FROM counter;
 
 -- drop_vectors: a tombstone has no vector
 DELETE FROM {vectors} v USING unnest(%(slots)b::int4[], %(ids)b::text[]) AS gone (slot, id)
@@ -204,7 +240,7 @@ FROM (
 ) d
 ORDER BY d.slot, d.id;
 
--- tail: the counter, the purge floor and the rows beyond a position; one statement, so one snapshot
+-- tail: the counter, the purge floor and the rows (of some slots) beyond a position; one statement, one snapshot
 SELECT t.counter, t.purge_floor, t.slot, t.id, t.term, t.seq, t.deleted, t.text, t.attributes, (
            SELECT v.vector FROM {vectors} v WHERE v.slot = t.slot AND v.id = t.id AND v.doc_seq = t.seq
        )
@@ -212,7 +248,8 @@ FROM (
     -- sorted in here, so that vectors are not carried through the sort
     SELECT c.seq AS counter, c.purge_floor, d.* FROM counters c LEFT JOIN LATERAL (
         SELECT slot, id, term, seq, deleted, text, attributes FROM {documents}
-        WHERE seq > %(after)s ORDER BY seq LIMIT %(limit)s
+        WHERE seq > %(after)s AND (%(slots)s::int4[] IS NULL OR slot = ANY (%(slots)s::int4[]))
+        ORDER BY seq LIMIT %(limit)s
     ) d ON true
     WHERE c.collection_uid = %(uid)s AND (SELECT log_id FROM logs) = %(log_id)s
     ORDER BY d.seq

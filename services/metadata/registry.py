@@ -59,7 +59,7 @@ class Registry:
             row = await cursor.fetchone()
             if row is None:
                 raise AlreadyExists("collection", name)
-            uid, generation, schema_version, epoch, created_at_us = row
+            uid, generation, schema_version, created_at_us = row
             await connection.execute(bare_statement("create_counter"), {"uid": uid, "claim": claim.id})
             await connection.execute(statement("create_tables", uid, generation))
             for part in range(PARTITIONS):
@@ -80,7 +80,6 @@ class Registry:
             max_staleness_ms=max_staleness_ms,
             generation=generation,
             space=space,
-            epoch=epoch,
             created_at_us=created_at_us,
         )
 

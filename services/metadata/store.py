@@ -1,6 +1,7 @@
 """The room's door: one database, opened, claimed and ready."""
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -9,11 +10,13 @@ import psycopg
 from services.deadline import Deadline
 from services.metadata.database import Database, connection_arguments, first_line
 from services.metadata.documents import Documents
+from services.metadata.jobs import Jobs
 from services.metadata.log import Log
 from services.metadata.models import ModelVersions
-from services.metadata.ownership import Ownership
+from services.metadata.ownership import BorrowedClaim, Claim, Ownership
 from services.metadata.registry import Registry
 from services.metadata.schema import StartupRefused
+from services.metadata.shard_maps import ShardMaps
 from services.metadata.statements import bare_statement
 from services.metadata.tombstones import Tombstones
 from shard_router.model import Collection, Commit, LogDelta, LogRow, Metric, Schema, Write
@@ -45,6 +48,10 @@ class Store:
         self._log = Log(database, ownership, writers=writers)
         #: Versions of models.
         self.models = ModelVersions(database, ownership)
+        #: Who owns which slot of a collection.
+        self.shard_maps = ShardMaps(database, ownership)
+        #: Long operations.
+        self.jobs = Jobs(database, ownership)
 
     @classmethod
     async def open(
@@ -86,6 +93,25 @@ class Store:
         store = cls(database, ownership, writers=max(1, pool_size // 2), tombstone_ttl_s=tombstone_ttl_s)
         store._tombstones.start()
         return store
+
+    @classmethod
+    async def borrow(
+        cls, url: str, claim: BorrowedClaim, *, pool_size: int, statement_timeout_ms: int = 10_000
+    ) -> "Store":
+        """The store, for a process beside the one that holds the claim, migrates and forgets old deletes."""
+        database = Database(
+            connection_arguments(url, statement_timeout_ms),
+            pool_size=pool_size,
+            statement_timeout_ms=statement_timeout_ms,
+            check_identity=claim.check_identity,
+        )
+        await database.open()
+        return cls(database, claim, writers=max(1, pool_size // 2), tombstone_ttl_s=math.inf)
+
+    @property
+    def claim(self) -> Claim:
+        """The claim to the database, held or not."""
+        return self._ownership.claim
 
     @property
     def log_id(self) -> str:
@@ -167,19 +193,24 @@ class Store:
         delta, _ = await self._documents.tail(collection, after, limit)
         return delta
 
-    def follow(self, collection: Collection) -> Callable[[int], Awaitable[LogDelta]]:
-        """`tail` for one replica, page by page up to the log's end and then on and on.
+    def follow(self, collection: Collection) -> Callable[..., Awaitable[LogDelta]]:
+        """`tail(after, slots=None)` for one replica, page by page up to the log's end and then on and on.
 
-        Who begins with nothing, at 0, is not refused between its pages for deletes forgotten before.
+        Where slots are given, the pages are of those. Who begins with nothing, at 0, is not refused between
+        its pages for deletes forgotten before.
         """
-        #: By where a page ended, short of the log's end: where the log stood when its reader began at 0.
-        began: dict[int, int] = {}
+        #: By which slots are read, and where a page of them ended short of the log's end: where the log stood
+        #: when its reader began at 0.
+        began: dict[tuple[tuple[int, ...] | None, int], int] = {}
 
-        async def tail(after: int) -> LogDelta:
-            delta, counter = await self._documents.tail(collection, after, TAIL_ROWS, began.get(after, 0))
-            empty_at = counter if after == 0 else began.pop(after, 0)
+        async def tail(after: int, slots: Sequence[int] | None = None) -> LogDelta:
+            which = None if slots is None else tuple(slots)
+            delta, counter = await self._documents.tail(
+                collection, after, TAIL_ROWS, began.get((which, after), 0), slots
+            )
+            empty_at = counter if after == 0 else began.pop((which, after), 0)
             if empty_at and delta.upto < counter:
-                began[delta.upto] = empty_at
+                began[which, delta.upto] = empty_at
             return delta
 
         return tail

@@ -221,8 +221,8 @@ class FileWork:
             async with self._swapping:
                 if not self._layout.has(picks):
                     raise _Overtaken
-                entries, position = self._layout.sealed(picks, segment, kind)
-                await self._in_thread(lambda: self._shelf.publish(position, entries))
+                entries, position, slots = self._layout.sealed(picks, segment, kind)
+                await self._in_thread(lambda: self._shelf.publish(position, entries, slots))
                 self._layout.replace(picks, segment, kind)
         except (OSError, _Overtaken):
             if segment is not None:

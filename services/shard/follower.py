@@ -5,13 +5,18 @@ import heapq
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
 
 from services import tasks
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
+from services.shard.holdings import Holdings
 from services.shard.layout import Layout
-from shard_router.errors import RingfortError, UnknownLog
+from shard_router.errors import LogPurged, RingfortError, Unavailable, UnknownLog
 from shard_router.model import LogDelta
 
 log = logging.getLogger(__name__)
@@ -24,6 +29,12 @@ _FROZEN_MOST = 8
 _BACKOFF_MOST_S = 5.0
 
 
+class Tail(Protocol):
+    """Reads a page of the log after a position; of some slots only, where those are given."""
+
+    def __call__(self, after: int, slots: Sequence[int] | None = None) -> Awaitable[LogDelta]: ...
+
+
 class Follower:
     """Applies the log to a layout, and knows how far that is certain."""
 
@@ -33,7 +44,8 @@ class Follower:
         layout: Layout,
         files: FileWork,
         log_id: str,
-        tail: Callable[[int], Awaitable[LogDelta]],
+        tail: Tail,
+        holdings: Holdings,
         *,
         poll_ms: int,
         tail_rows: int,
@@ -42,6 +54,7 @@ class Follower:
         """missing: spans (after, upto] of the log whose documents the layout has lost."""
         self._name, self._layout, self._files = name, layout, files
         self._log_id, self._tail, self._tail_rows = log_id, tail, tail_rows
+        self._holdings = holdings
         self._poll_s = poll_ms / 1e3
         #: Everything of the log up to here is applied, each document at that state or a later one.
         self.position = 0
@@ -55,7 +68,9 @@ class Follower:
         self._hint = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._written_at_s = self._read_at_s = time.monotonic()
-        self._counts = dict.fromkeys(("offers_applied", "offers_refused", "tail_reads", "recalled_rows"), 0)
+        self._counts = dict.fromkeys(
+            ("offers_applied", "offers_refused", "tail_reads", "recalled_rows", "backfilled_rows"), 0
+        )
         for span in missing:
             self.recall(span)
 
@@ -88,6 +103,7 @@ class Follower:
             self._counts["offers_refused"] += 1
             self.wake()
             return False
+        delta = _slice_of(delta, self._holdings)
         self._apply(delta, 0, len(delta.rows), delta.upto)
         self._advance()
         self._counts["offers_applied"] += 1
@@ -102,6 +118,42 @@ class Follower:
         self._missing.append(span)
         self._layout.recalling(after for after, _ in self._missing)
         self.wake()
+
+    async def backfill(self, slots: Sequence[int]) -> None:
+        """Follow these slots too; returns when all their documents are here. What reading raises, this does.
+
+        Pages may be cut short, and documents move between them; but who moves is found where it is followed.
+        """
+        slots = self._holdings.follow(slots)
+        if not slots:
+            return
+        # Of what is followed from here on, the log's readers have let nothing slip.
+        after, upto = 0, self._layout.cursor
+        self._layout.backfilling(1)
+        try:
+            while after < upto:
+                try:
+                    delta = await self._read(after, slots)
+                except LogPurged:
+                    # Of what is read from 0 on, no delete can be missed: see Layout.backfill.
+                    after = 0
+                    continue
+                if delta is None:
+                    raise Unavailable(f"the replica of {self._name} is down: {self.down}")
+                rows = [row for row in delta.rows if row.version.seq <= upto]
+                for start in range(0, len(rows), _SLICE_ROWS):
+                    part, vectors = (
+                        rows[start : start + _SLICE_ROWS],
+                        delta.vectors[start : start + _SLICE_ROWS],
+                    )
+                    self._froze(self._layout.backfill(part, vectors, after))
+                    after = part[-1].version.seq
+                    await asyncio.sleep(0)
+                self._counts["backfilled_rows"] += len(rows)
+                after = delta.upto
+            self._holdings.complete(slots)
+        finally:
+            self._layout.backfilling(-1)
 
     async def wait_for(self, position: int, deadline: Deadline) -> bool:
         """Whether everything up to `position` is applied before the deadline."""
@@ -177,7 +229,13 @@ class Follower:
 
     async def _catch_up(self) -> None:
         """Read and apply pages until the log's end is reached."""
-        while (delta := await self._read(self._layout.cursor)) is not None:
+        while True:
+            changes = self._holdings.changes
+            delta = await self._read(self._layout.cursor, self._holdings.slots_followed())
+            if delta is None:
+                return
+            if changes != self._holdings.changes:
+                continue  # it may lack rows that are wanted now
             # Pushes may have come in while the page was read; they were applied for certain.
             known = self._layout.cursor
             first = next((i for i, row in enumerate(delta.rows) if row.version.seq > known), len(delta.rows))
@@ -187,6 +245,10 @@ class Follower:
                 self._apply(delta, start, stop, delta.upto if last else delta.rows[stop - 1].version.seq)
                 if not last:
                     await asyncio.sleep(0)
+                    if changes != self._holdings.changes:
+                        break
+            if changes != self._holdings.changes:
+                continue
             self._layout.cursor = max(self._layout.cursor, delta.upto)
             # A page that was cut short may lack a document that has moved on to a later position.
             if delta.upto - delta.after < self._tail_rows:
@@ -198,7 +260,7 @@ class Follower:
         while self._missing:
             after, upto = self._missing[0]
             try:
-                delta = await self._read(after)
+                delta = await self._read(after, self._holdings.slots_followed())
             except UnknownLog:
                 if not after:
                     raise
@@ -225,14 +287,14 @@ class Follower:
             if not self._missing:
                 log.info("%s has all its documents again", self._name)
 
-    async def _read(self, after: int) -> LogDelta | None:
+    async def _read(self, after: int, slots: Sequence[int] | None) -> LogDelta | None:
         """A page of the log, once there is room for it; None, and no more ever, where it was exchanged."""
         while self.down is None and self._files.backlog >= _FROZEN_MOST:
             self._look()
             await asyncio.sleep(self._poll_s)
         if self.down is not None:
             return None
-        delta = await self._tail(after)
+        delta = await (self._tail(after) if slots is None else self._tail(after, slots))
         self._read_at_s = time.monotonic()
         self._counts["tail_reads"] += 1
         if delta.log_id != self._log_id or delta.upto < delta.after:
@@ -260,3 +322,14 @@ class Follower:
             _, _, reached = heapq.heappop(self._waiters)
             if not reached.done():
                 reached.set_result(None)
+
+
+def _slice_of(delta: LogDelta, holdings: Holdings) -> LogDelta:
+    """The part of a delta that is followed; its positions stay."""
+    if holdings.follows_all:
+        return delta
+    keep = holdings.followed[np.fromiter((row.slot for row in delta.rows), np.int32, len(delta.rows))]
+    if keep.all():
+        return delta
+    rows = [row for row, kept in zip(delta.rows, keep.tolist(), strict=True) if kept]
+    return replace(delta, rows=rows, vectors=delta.vectors[keep])

@@ -14,9 +14,10 @@ from index_builder.segments.compaction import SegmentFacts
 from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.manifest import SegmentEntry
 from index_builder.segments.segment import Segment
+from services.shard.holdings import Holdings
 from services.shard.memtable import Memtable
 from services.shard.views import MemtableView, SegmentView, Snapshot, View
-from shard_router.hashing import hashes_of
+from shard_router.hashing import hashes_of, slot_of
 from shard_router.model import LogRow, Metric, Schema
 
 
@@ -30,6 +31,10 @@ class Part:
     #: What a segment was written to be.
     kind: IndexKind = IndexKind.FLAT
     dead: int = 0
+    #: Until a memtable is sealed, no manifest may claim more of the log than up to here, ...
+    claimed: int = 0
+    #: ... nor to have these slots whole: they were read again from the beginning into this memtable.
+    backfilled: set[int] = field(default_factory=set, repr=False)
     #: The last view handed out, while nothing has changed since.
     view: View | None = field(default=None, repr=False)
 
@@ -59,8 +64,17 @@ class SegmentStatus:
 class Layout:
     """The shard's documents in memory. Belongs to one thread; its snapshots go to any."""
 
-    def __init__(self, dim: int, metric: Metric, schema: Schema, memtable_rows: int, position: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        metric: Metric,
+        schema: Schema,
+        memtable_rows: int,
+        position: int,
+        holdings: Holdings,
+    ) -> None:
         self._dim, self._metric, self._schema, self._memtable_rows = dim, metric, schema, memtable_rows
+        self._holdings = holdings
         #: Oldest first; the open memtable is the last.
         self._parts: dict[int, Part] = {}
         self._next = 0
@@ -69,12 +83,17 @@ class Layout:
         #: While documents are recalled: from where, and which were deleted meanwhile.
         self._recalled_from: list[int] = []
         self._deleted: set[str] = set()
+        #: Slots that are being read again from the beginning, each as often as it is.
+        self._backfilling = 0
         self._snapshot: Snapshot | None = None
         self._start_memtable()
 
     @property
     def documents(self) -> int:
-        """How many documents are live."""
+        """How many documents are live in the slots that are answered for."""
+        if self._holdings.masks:
+            views = map(self._view, self._parts.values())
+            return sum(view.rows if view.live is None else view.live.count for view in views)
         return sum(part.rows - part.dead for part in self._parts.values())
 
     @property
@@ -100,7 +119,7 @@ class Layout:
         """
         for part, row in self._find([row.id for row in rows]).values():
             part.kill(row)
-        if self._recalled_from:
+        if self._recalled_from or self._backfilling:
             self._deleted.update(row.id for row in rows if row.deleted)
         kept = [row for row in rows if not row.deleted]
         if len(kept) < len(rows):
@@ -114,12 +133,43 @@ class Layout:
 
         What is here already, or was deleted since it went missing, is left out. Returns what `apply` does.
         """
-        here = self._find([row.id for row in rows])
-        missing = [
-            at for at, row in enumerate(rows)
-            if not row.deleted and row.id not in here and row.id not in self._deleted
-        ]  # fmt: skip
+        missing = self._not_here(rows)
         return self._insert([rows[at] for at in missing], vectors[missing], after)
+
+    def backfill(self, rows: Sequence[LogRow], vectors: np.ndarray, after: int) -> list[int]:
+        """Take in documents of slots that are followed since lately and not whole yet, as `recall` does."""
+        followed = self._holdings.followed
+        missing = [at for at in self._not_here(rows) if followed[rows[at].slot]]
+        before = self._next
+        frozen = self._insert([rows[at] for at in missing], vectors[missing], after, self.cursor)
+        slots = {rows[at].slot for at in missing}
+        for number in (*frozen, *range(before, self._next), self._open_number) if slots else ():
+            self._parts[number].backfilled |= slots
+        return frozen
+
+    def backfilling(self, change: int) -> None:
+        """One backfill more (1) or less (-1) is under way."""
+        self._backfilling += change
+        self._forget_deletes()
+
+    def serve(self, epoch: int, slots: Sequence[int]) -> None:
+        """Searches see these slots from now on, and no others."""
+        self._holdings.serve(epoch, slots)
+        self._look_again()
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Drop the documents of these slots, and follow them no more."""
+        self._holdings.release(slots)
+        self.drop_strangers()
+
+    def drop_strangers(self) -> None:
+        """Drop the documents of slots that are not followed."""
+        for part in self._parts.values():
+            live = np.frombuffer(bytes(part.live), np.bool_)
+            kept = live & self._holdings.followed[_slots(part)]
+            part.live[:] = kept.tobytes()
+            part.dead = part.rows - int(np.count_nonzero(kept))
+        self._look_again()
 
     def recalling(self, positions: Iterable[int]) -> None:
         """Documents from after these positions are missing for now; with no positions, none are.
@@ -127,8 +177,7 @@ class Layout:
         Meanwhile no manifest claims more than what comes before.
         """
         self._recalled_from = list(positions)
-        if not self._recalled_from:
-            self._deleted.clear()
+        self._forget_deletes()
 
     def freeze(self) -> int:
         """Open a new memtable; returns the number of the one that is frozen now."""
@@ -188,10 +237,10 @@ class Layout:
 
     def sealed(
         self, picks: Mapping[int, np.ndarray], segment: Segment | None, kind: IndexKind
-    ) -> tuple[list[SegmentEntry], int]:
-        """What a manifest says once `replace` with the same is done: its segments, and the position.
+    ) -> tuple[list[SegmentEntry], int, list[int]]:
+        """What a manifest says once `replace` with the same is done: its segments, a position, and slots.
 
-        Everything of the log up to the position lies in those segments.
+        Everything of the log up to the position lies in those segments, as far as it is of those slots.
         """
         entries = [
             SegmentEntry.of(part.body.name, _dead(part.live), part.kind, part.body.covers)
@@ -201,21 +250,29 @@ class Layout:
         if segment is not None:
             entries.append(SegmentEntry.of(segment.name, _dead(self._live_of(picks)), kind, segment.covers))
         unsealed = [
-            part.body.after
+            part
             for number, part in self._parts.items()
             if isinstance(part.body, Memtable) and number not in picks and part.rows
         ]
-        return entries, min([*unsealed, *self._recalled_from, self.cursor])
+        position = min([*(part.claimed for part in unsealed), *self._recalled_from, self.cursor])
+        whole = set(np.flatnonzero(self._holdings.whole).tolist())
+        return entries, position, sorted(whole.difference(*(part.backfilled for part in unsealed)))
 
     def snapshot(self, position: int) -> Snapshot:
         """The live documents now, as of `position` at least."""
         if self._snapshot is None or self._snapshot.position != position:
-            self._snapshot = Snapshot(position, [self._view(part) for part in self._parts.values()])
+            views = [self._view(part) for part in self._parts.values()]
+            self._snapshot = Snapshot(position, views, self._holdings.since)
         return self._snapshot
 
     def locate(self, ids: Sequence[str]) -> dict[str, tuple[View, int]]:
-        """Where the live ones of these documents are."""
-        return {id: (self._view(part), row) for id, (part, row) in self._find(ids).items()}
+        """Where the live ones of these documents are, of the slots that are answered for."""
+        served = self._holdings.served
+        return {
+            id: (self._view(part), row)
+            for id, (part, row) in self._find(ids).items()
+            if served[slot_of(id, len(served))]
+        }
 
     def facts(self) -> list[SegmentFacts]:
         """What compaction chooses by, oldest first."""
@@ -237,15 +294,35 @@ class Layout:
 
     def validate_state(self) -> None:
         """AssertionError where a document is live twice or cannot be found, or a part miscounts."""
+        followed = self._holdings.followed
         ids: set[str] = set()
         for part in self._parts.values():
             assert part.dead == part.live.count(0), f"part {part.number} miscounts its dead rows"
             for row in np.flatnonzero(np.frombuffer(bytes(part.live), np.bool_)).tolist():
                 id = self._view(part).id_at(row)
+                assert followed[slot_of(id, len(followed))], f"{id} is of a slot that is not followed"
                 assert id not in ids, f"{id} is live twice"
                 assert self._find([id]) == {id: (part, row)}, f"{id} is not found where it is live"
                 ids.add(id)
         assert next(reversed(self._parts)) == self._open_number, "the open memtable is not last"
+
+    def _not_here(self, rows: Sequence[LogRow]) -> list[int]:
+        """Which of these are neither here, in whatever version, nor deleted since they went missing."""
+        here = self._find([row.id for row in rows])
+        return [
+            at for at, row in enumerate(rows)
+            if not row.deleted and row.id not in here and row.id not in self._deleted
+        ]  # fmt: skip
+
+    def _forget_deletes(self) -> None:
+        if not self._recalled_from and not self._backfilling:
+            self._deleted.clear()
+
+    def _look_again(self) -> None:
+        """Other rows are to be seen than before, or fewer."""
+        for part in self._parts.values():
+            part.view = None
+        self._snapshot = None
 
     def _live_of(self, picks: Mapping[int, np.ndarray]) -> bytearray:
         """Which of the picked rows are live now, a byte each."""
@@ -254,8 +331,13 @@ class Layout:
             for number, rows in picks.items()
         )
 
-    def _insert(self, rows: Sequence[LogRow], vectors: np.ndarray, after: int) -> list[int]:
-        """Append documents that are not here; everything up to `after` was applied before."""
+    def _insert(
+        self, rows: Sequence[LogRow], vectors: np.ndarray, after: int, claimed: int | None = None
+    ) -> list[int]:
+        """Append documents that are not here, from after that position of the log.
+
+        Everything up to `claimed`, which is that position unless told otherwise, was applied before.
+        """
         frozen: list[int] = []
         start = 0
         while start < len(rows):
@@ -264,6 +346,8 @@ class Layout:
             stop = min(start + self._open.room, len(rows))
             part = self._parts[self._open_number]
             self._open.append(rows[start:stop], vectors[start:stop], after)
+            until = after if claimed is None else claimed
+            part.claimed = min(part.claimed, until) if part.live else until
             part.live.extend(b"\1" * (stop - start))
             part.view = None
             start, after = stop, rows[stop - 1].version.seq
@@ -294,11 +378,21 @@ class Layout:
     def _view(self, part: Part) -> View:
         if part.view is None:
             live = np.frombuffer(bytes(part.live), np.bool_) if part.dead else None
+            if self._holdings.masks:
+                seen = self._holdings.served[_slots(part)]
+                if not seen.all():
+                    live = seen if live is None else live & seen
             if isinstance(part.body, Segment):
                 part.view = SegmentView(part.number, part.body, live)
             else:
                 part.view = MemtableView(part.number, part.body, part.rows, live)
         return part.view
+
+
+def _slots(part: Part) -> np.ndarray:
+    """The slot of each row, int32 [rows]."""
+    slots = part.body.slots if isinstance(part.body, Memtable) else part.body.contents.slots
+    return slots[: part.rows]
 
 
 def _dead(live: bytearray) -> np.ndarray:

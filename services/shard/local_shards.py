@@ -1,36 +1,24 @@
-"""The replicas of this process: their directories, and how they are opened."""
+"""Shard replicas in this process, each with a directory of its own."""
 
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from services.shard.replica import Replica
+from services.shard.replica import Replica, Tail
 from shard_router.errors import UnknownLog
-from shard_router.model import Collection, LogDelta
+from shard_router.model import Collection
 
 log = logging.getLogger(__name__)
 
-#: Reads a collection's log after a position, page by page; made anew for every reader.
-Follow = Callable[[Collection], Callable[[int], Awaitable[LogDelta]]]
-
-
-def slice_of(delta: LogDelta, mine: np.ndarray) -> LogDelta:
-    """The part of a delta whose slots are marked in `mine` (bool [slots]); its positions stay."""
-    keep = np.fromiter((mine[row.slot] for row in delta.rows), bool, len(delta.rows))
-    if keep.all():
-        return delta
-    rows = [row for row, kept in zip(delta.rows, keep, strict=True) if kept]
-    return replace(delta, rows=rows, vectors=delta.vectors[keep])
+#: Reads a collection's log for one reader.
+Follow = Callable[[Collection], Tail]
 
 
 class LocalShards:
-    """Opens replicas on one directory, with one set of search threads."""
+    """Opens replicas, and removes what they leave behind."""
 
     def __init__(
         self,
@@ -51,24 +39,30 @@ class LocalShards:
         self._poll_ms = poll_ms
         self._device = device
 
-    async def open(self, collection: Collection, shard: int, slots: np.ndarray, log_id: str) -> Replica:
-        """A replica of its files, or of nothing but the log where those cannot follow it any more.
+    async def open(
+        self,
+        collection: Collection,
+        shard: int,
+        replica: int,
+        *,
+        slots: Sequence[int],
+        epoch: int,
+        log_id: str,
+    ) -> Replica:
+        """A replica that has these slots of the log and answers for them at `epoch`.
 
-        slots: bool [slots], those of the shard. Returns when it can answer.
+        Made of its files, or of nothing but the log where those cannot follow it any more.
         """
-        directory = self._folder(collection) / f"shard-{shard}"
+        directory = self._folder(collection) / folder_of(shard, replica)
 
         async def opened() -> Replica:
-            follow = self._follow(collection)
-
-            async def tail(after: int) -> LogDelta:
-                return slice_of(await follow(after), slots)
-
             return await Replica.open(
                 collection,
                 directory=directory,
                 log_id=log_id,
-                tail=tail,
+                tail=self._follow(collection),
+                slots=slots,
+                epoch=epoch,
                 search_threads=self._search_threads,
                 memtable_rows=self._memtable_rows,
                 graph_rows=self._graph_rows,
@@ -80,21 +74,39 @@ class LocalShards:
             return await opened()
         except UnknownLog as unknown:
             log.warning("%s cannot follow its log and is built anew: %s", directory, unknown)
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            await _remove(directory)
             return await opened()
 
-    async def forget(self, collection: Collection) -> None:
-        """Remove what lies here of a collection that is gone; its replicas are closed."""
-        await asyncio.to_thread(shutil.rmtree, self._folder(collection), ignore_errors=True)
+    async def forget(self, collection: Collection, shard: int, replica: int) -> None:
+        """Remove the files of a closed replica that will not be opened again."""
+        await _remove(self._folder(collection) / folder_of(shard, replica))
 
-    async def keep_only(self, collections: Iterable[Collection]) -> None:
-        """Remove what lies here of any other collection."""
-        known = {self._folder(collection).name for collection in collections}
-        if self._directory.is_dir():
-            for leftover in self._directory.iterdir():
-                if leftover.name not in known:
-                    log.info("removing segments of a collection that is gone: %s", leftover.name)
-                    await asyncio.to_thread(shutil.rmtree, leftover, ignore_errors=True)
+    async def forget_all(self, collection: Collection) -> None:
+        """Remove every file of a collection that is gone."""
+        await _remove(self._folder(collection))
+
+    async def keep_only(self, collections: Iterable[tuple[int, int]]) -> None:
+        """Remove the files of every collection but those of these (uid, generation)."""
+        known = {_name(*each) for each in collections}
+        if not self._directory.is_dir():
+            return
+        for leftover in list(self._directory.iterdir()):
+            if leftover.name not in known:
+                log.info("removing segments of a collection that is gone: %s", leftover.name)
+                await _remove(leftover)
 
     def _folder(self, collection: Collection) -> Path:
-        return self._directory / f"{collection.uid}-{collection.generation}"
+        return self._directory / _name(collection.uid, collection.generation)
+
+
+def _name(uid: int, generation: int) -> str:
+    return f"{uid}-{generation}"
+
+
+def folder_of(shard: int, replica: int) -> str:
+    """The directory of one copy of a shard, within its collection's."""
+    return f"shard-{shard}" if replica == 0 else f"shard-{shard}-{replica}"
+
+
+async def _remove(path: Path) -> None:
+    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)

@@ -25,6 +25,8 @@ class Memtable:
         self.after = self.upto = 0
         #: Rows in order of arrival; never a tombstone.
         self.rows: list[LogRow] = []
+        #: The slot of each row, int32.
+        self.slots = np.empty(capacity, dtype=np.int32)
         #: The last row of each id.
         self._places: dict[str, int] = {}
         # Untouched pages cost nothing, and no row ever moves.
@@ -48,6 +50,7 @@ class Memtable:
         self.after = min(self.after, after) if self.rows else after
         self.upto = max(self.upto, rows[-1].version.seq)
         similarity.prepare(vectors, self.metric, out=self.vectors[first : first + len(rows)])
+        self.slots[first : first + len(rows)] = [row.slot for row in rows]
         self.rows.extend(rows)
         self._places.update(zip([row.id for row in rows], range(first, first + len(rows)), strict=True))
 

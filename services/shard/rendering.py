@@ -4,15 +4,17 @@ between two answers with the same document.
 Rendered rows are kept while they are asked for, bounded by bytes; a row never changes, so they stay good.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 from protos.ringfort import v1 as pb
 from services import wire
 from services.shard.views import View
-from shard_router.model import Include, Schema, Version
+from shard_router.model import Hit, Include, Schema, Version
 
 #: Memory of a kept row beyond its bytes: tuple, version, text of the id, its place in the table.
 _ROW_BYTES = 400
@@ -61,6 +63,24 @@ class RenderedHits(NamedTuple):
             pieces += row.head, raw[at : at + 4]
             at += 4
         return b"".join(pieces)
+
+    def values(self, include: Include, schema: Schema) -> list[Hit]:
+        """The hits as values, with the parts that they were rendered with."""
+        if not (include.attributes or include.text or include.vector):
+            scores = np.frombuffer(self.scores, np.float32).tolist()
+            return [Hit(row.id, score, row.version) for row, score in zip(self.rows, scores, strict=True)]
+        reader = wire.AttributeReader(schema, sys.maxsize)
+        return [
+            Hit(
+                id=row.id,
+                score=hit.score,
+                version=row.version,
+                attributes=reader.read(hit.attributes, 0),
+                text=hit.text if hit.HasField("text") else None,
+                vector=wire.array_from(hit.vector, "vector", check=False)[0] if include.vector else None,
+            )
+            for row, hit in zip(self.rows, pb.SearchResponse.FromString(self.body()).hits, strict=True)
+        ]
 
 
 class Rendering:

@@ -7,7 +7,7 @@ Everything runs on the event loop, except searches (searches.py: the search thre
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,7 +20,8 @@ from index_builder.segments.index_spec import DEFAULT_EFFORT, GRAPH_ROWS, Effort
 from services.deadline import Deadline
 from services.shard.file_work import FileWork
 from services.shard.filter_cache import FilterCache
-from services.shard.follower import Follower
+from services.shard.follower import Follower, Tail
+from services.shard.holdings import Holdings
 from services.shard.layout import Layout, SegmentStatus
 from services.shard.rendering import RenderedHits, Rendering
 from services.shard.searches import Searches
@@ -30,6 +31,8 @@ from services.shard.views import Snapshot
 from shard_router.errors import DimensionMismatch, Unavailable
 from shard_router.filters import Filter
 from shard_router.model import Collection, Hit, Include, LogDelta, Version
+
+__all__ = ["Hits", "Replica", "ShardAnswer", "Tail"]
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +67,9 @@ class Replica:
         collection: Collection,
         shelf: Shelf,
         layout: Layout,
+        holdings: Holdings,
         log_id: str,
-        tail: Callable[[int], Awaitable[LogDelta]],
+        tail: Tail,
         search_threads: ThreadPoolExecutor,
         recovered: Recovered,
         *,
@@ -75,13 +79,14 @@ class Replica:
     ) -> None:
         """Use `open`; this only puts the parts together."""
         self._collection, self._shelf, self._layout = collection, shelf, layout
+        self._holdings = holdings
         self._threads = search_threads
         self._filters = FilterCache(_FILTER_CACHE_BYTES)
         rendering = Rendering(collection.schema, _RENDERED_ROWS_BYTES)
         self._searches = Searches(collection.metric, search_threads, self._filters, rendering)
         self._files = FileWork(collection, layout, shelf, policy, self._lose)
         self._follower = Follower(
-            self._name, layout, self._files, log_id, tail,
+            self._name, layout, self._files, log_id, tail, holdings,
             poll_ms=poll_ms, tail_rows=tail_rows, missing=recovered.missing,
         )  # fmt: skip
         self._verification = Verification([segment for segment, _, _ in recovered.segments], self._lose)
@@ -97,7 +102,9 @@ class Replica:
         *,
         directory: Path,
         log_id: str,
-        tail: Callable[[int], Awaitable[LogDelta]],
+        tail: Tail,
+        slots: Iterable[int] | None = None,
+        epoch: int = 1,
         search_threads: ThreadPoolExecutor,
         memtable_rows: int = 8192,
         poll_ms: int = 500,
@@ -107,22 +114,30 @@ class Replica:
     ) -> "Replica":
         """Recover from the directory, read the log until it is passed, and go on following it.
 
-        `tail(after)` reads the log after a position, at most `tail_rows` rows of it (all slots counted);
-        an answer that spans fewer positions than that is known to reach the log's end. Files of another
-        log or space are dropped, a damaged segment is set aside, and what is missing is read from the
-        log. What `tail` raises while the log is first read, `open` raises.
+        `tail(after, slots)` reads the log after a position, at most `tail_rows` rows of it; an answer that
+        spans fewer positions than that is known to reach the log's end. The replica has these slots (all,
+        where none are named) and answers for them at `epoch`; what its files lack of them is read, too.
+        Files of another log or space are dropped, a damaged segment is set aside, and what is missing is
+        read from the log. What `tail` raises while the log is first read, `open` raises.
         """
         policy = Policy(collection.index, collection.dim, devices.resolve(device), graph_rows)
         shelf = Shelf(directory, collection, log_id, policy.device)
         recovered = await asyncio.to_thread(shelf.recover)
-        layout = _restored(collection, recovered, memtable_rows)
+        wanted = list(range(collection.slots) if slots is None else slots)
+        known = recovered.slots
+        if known is None:  # nothing there, or written before anything could move
+            known = wanted if epoch == 1 or not recovered.position else ()
+        holdings = Holdings(collection.slots, set(wanted) & set(known), epoch)
+        layout = _restored(collection, recovered, memtable_rows, holdings)
         replica = cls(
-            collection, shelf, layout, log_id, tail, search_threads, recovered,
+            collection, shelf, layout, holdings, log_id, tail, search_threads, recovered,
             poll_ms=poll_ms, tail_rows=tail_rows, policy=policy,
         )  # fmt: skip
         try:
             await replica._follower.start()
             replica._require_up()
+            await replica.backfill(wanted)
+            await replica.serve(epoch, wanted)
             replica._verification.start()
         except BaseException:
             await replica.close()
@@ -133,6 +148,28 @@ class Replica:
     def position(self) -> int:
         """Everything of the log up to here is applied, each document at that state or a later one."""
         return self._follower.position
+
+    async def backfill(self, slots: Sequence[int]) -> None:
+        """Follow these slots too, unseen by searches; returns when all of their documents are here.
+
+        Raises what reading the log raises, and Unavailable; it may be asked again, and goes on from there.
+        """
+        await self._follower.backfill(slots)
+
+    def followed(self) -> frozenset[int]:
+        """The slots whose writes are applied here."""
+        return frozenset(np.flatnonzero(self._holdings.followed).tolist())
+
+    async def serve(self, epoch: int, slots: Sequence[int]) -> None:
+        """Answer for exactly these slots from that epoch of the shard map on; done at once.
+
+        ValueError where not all of them are here.
+        """
+        self._layout.serve(epoch, slots)
+
+    async def release(self, slots: Sequence[int]) -> None:
+        """Follow these slots no more, and drop their documents; done at once."""
+        self._layout.release(slots)
 
     def offer(self, delta: LogDelta) -> bool:
         """Take a committed batch without reading the log; False where it does not fit on (then read it).
@@ -159,17 +196,19 @@ class Replica:
         effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
+        epoch: int | None = None,
         deadline: Deadline,
     ) -> Awaitable[ShardAnswer[list[Hit]]]:
         """The best k live documents for each query that pass the filter, never one of `exclude`.
 
         queries: float32 [n, dim], any length; a larger score is better, L2 is minus the squared
-        distance, and a zero vector scores 0 under cosine. filter: checked against the schema.
+        distance, and a zero vector scores 0 under cosine. filter: checked against the schema. epoch: of the
+        shard map by which this replica is asked; StaleEpoch where its slots were others then.
         DimensionMismatch, Overloaded, DeadlineExceeded, Unavailable.
         """
         return self._search(
             queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
-            rendered=False, deadline=deadline,
+            epoch=epoch, rendered=False, deadline=deadline,
         )  # fmt: skip
 
     def search_rendered(
@@ -182,35 +221,39 @@ class Replica:
         effort: Effort = DEFAULT_EFFORT,
         include: Include = Include(),  # noqa: B008 - immutable
         exclude: frozenset[str] = frozenset(),
+        epoch: int | None = None,
         deadline: Deadline,
     ) -> Awaitable[ShardAnswer[RenderedHits]]:
         """The same as `search`, with the hits as they go on the wire."""
         return self._search(
             queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
-            rendered=True, deadline=deadline,
+            epoch=epoch, rendered=True, deadline=deadline,
         )  # fmt: skip
 
-    async def count(self, filter: Filter | None) -> int:
-        """How many live documents pass the filter; Unavailable while documents are missing."""
-        self._require_whole()
+    async def count(self, filter: Filter | None, *, epoch: int | None = None) -> int:
+        """How many live documents pass the filter; Unavailable while documents are missing, StaleEpoch."""
+        self._require_whole(epoch)
         if filter is None:
             return self._layout.documents
         return await self._in_thread(lambda snapshot: snapshot.count(filter, self._filters))
 
-    async def matching(self, filter: Filter | None, limit: int) -> list[tuple[str, Version]]:
-        """Ids and versions of at most `limit` live documents that pass the filter; Unavailable as `count`."""
-        self._require_whole()
+    async def matching(
+        self, filter: Filter | None, limit: int, *, epoch: int | None = None
+    ) -> list[tuple[str, Version]]:
+        """Ids and versions of at most `limit` live documents that pass the filter; errors as of `count`."""
+        self._require_whole(epoch)
         return await self._in_thread(lambda snapshot: snapshot.matching(filter, limit, self._filters))
 
-    async def vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    async def vectors(self, ids: Sequence[str], *, epoch: int | None = None) -> dict[str, np.ndarray]:
         """The vectors of those documents that are here, float32 [dim], as stored for search; read-only.
 
-        Unavailable where one is not while documents are missing.
+        Unavailable where one is not while documents are missing; StaleEpoch.
         """
         self._require_up()
+        self._holdings.require(epoch)
         places = self._layout.locate(ids)
         if len(places) < len(set(ids)):
-            self._require_whole()
+            self._require_whole(epoch)
         return await self._in_thread(
             lambda _: {id: view.vector_at(row).copy() for id, (view, row) in places.items()}
         )
@@ -303,16 +346,18 @@ class Replica:
         """Whether no document is missing for its segment was damaged, or about to be."""
         return not self._losing and not self._follower.missing_positions
 
-    def _require_whole(self) -> None:
+    def _require_whole(self, epoch: int | None) -> None:
         self._require_up()
+        self._holdings.require(epoch)
         if not self._whole:
             raise Unavailable(f"the replica of {self._name} is reading documents again that it lost")
 
     async def _search(
-        self, queries: np.ndarray, k: int, *, deadline: Deadline, **options: Any
+        self, queries: np.ndarray, k: int, *, epoch: int | None, deadline: Deadline, **options: Any
     ) -> ShardAnswer[Any]:
         began = time.perf_counter()
         self._require_up()
+        self._holdings.require(epoch)
         if queries.shape[1] != self._collection.dim:
             raise DimensionMismatch("query", queries.shape[1], self._collection.dim)
         snapshot, complete = self._snapshot(), self._whole
@@ -333,9 +378,13 @@ class Replica:
         return f"{self._collection.name} ({self._shelf.directory.name})"
 
 
-def _restored(collection: Collection, recovered: Recovered, memtable_rows: int) -> Layout:
-    """The layout that the recovered files make."""
-    layout = Layout(collection.dim, collection.metric, collection.schema, memtable_rows, recovered.position)
+def _restored(collection: Collection, recovered: Recovered, memtable_rows: int, holdings: Holdings) -> Layout:
+    """The layout that the recovered files make, as far as they are of slots that are followed."""
+    layout = Layout(
+        collection.dim, collection.metric, collection.schema, memtable_rows, recovered.position, holdings
+    )
     for segment, dead, kind in recovered.segments:
         layout.restore(segment, dead, kind)
+    if not holdings.follows_all:
+        layout.drop_strangers()
     return layout

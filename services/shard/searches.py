@@ -186,7 +186,9 @@ class Searches:
         with self._lock:
             for search in arrived:
                 try:
-                    self._queue.put(search.kind, search, len(search.queries))
+                    # A later snapshot serves an earlier search only if it is of the same slots.
+                    key = search.kind, search.snapshot.since
+                    self._queue.put(key, search, len(search.queries))
                     self._queued_ms += len(search.queries) * search.query_ms
                 except Overloaded as full:
                     refused[search] = full

@@ -35,7 +35,8 @@ _OPENERS = 4
 class Recovered:
     """What the directory held.
 
-    `position`: the log has to be read from there. `segments`: each with its dead rows (bool [rows]) and
+    `position`: the log has to be read from there. `slots`: of which every document up to there is here, or is
+    missing; None where that was not written down. `segments`: each with its dead rows (bool [rows]) and
     the kind it was written to be; their vectors are not verified yet. `missing`: spans (after, upto] of
     the log up to the position whose documents lay in segments that are damaged or gone.
     """
@@ -43,6 +44,7 @@ class Recovered:
     position: int
     segments: Sequence[tuple[Segment, np.ndarray, IndexKind]]
     missing: Sequence[tuple[int, int]]
+    slots: Sequence[int] | None = None
 
 
 class Shelf:
@@ -90,10 +92,11 @@ class Shelf:
         self._last_segment += 1
         return self.directory / f"{_SEGMENT}{self._last_segment:016d}"
 
-    def publish(self, position: int, entries: Sequence[SegmentEntry]) -> None:
-        """Make these segments the ones to recover from, at `position`. OSError where that fails."""
+    def publish(self, position: int, entries: Sequence[SegmentEntry], slots: Sequence[int]) -> None:
+        """Make these the segments to recover these slots from, at `position`. OSError where that fails."""
         generation = self._generation + 1
-        made = Manifest(generation, self._log_id, position, self._collection.space, tuple(entries))
+        space = self._collection.space
+        made = Manifest(generation, self._log_id, position, space, tuple(entries), tuple(slots))
         files.replace(self.directory / manifest.file_name(generation), manifest.encode(made))
         self._generation = generation
         names = manifest.newest_first([path.name for path in self.directory.iterdir()])
@@ -128,7 +131,7 @@ class Shelf:
             log.error("segment %s is set aside and its documents read from the log: %s", entry.name, found)
             self.quarantine(entry.name)
             missing.append(entry.covers or (0, candidate.position))
-        return Recovered(candidate.position, segments, missing)
+        return Recovered(candidate.position, segments, missing, candidate.slots)
 
     def _open_segment(self, entry: SegmentEntry) -> Segment | SegmentCorrupt:
         path = self.directory / entry.name

@@ -165,10 +165,14 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Every live document once, as of `position` at least; never changes."""
+    """Every live document once, as of `position` at least; never changes.
+
+    Its slots are those that the replica answers for since the epoch `since`.
+    """
 
     position: int
     views: Sequence[View]
+    since: int = 1
 
     def search(
         self,

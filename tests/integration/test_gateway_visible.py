@@ -76,7 +76,7 @@ async def test_a_shard_that_lags_behind_delays_visible_and_fails_nothing(
     ingest = Ingest(catalog, None, Limits())  # type: ignore[arg-type]  # nothing is embedded
     prompt = await ingest.upsert(request("a"), "default", Deadline.after(10))
     assert prompt.visible
-    lagging = served.replicas[1]
+    lagging = served.replicas[1][0]
     # It gets nothing pushed, and finds the log locked.
     monkeypatch.setattr(lagging, "offer", lambda delta: False)
     async with await psycopg.AsyncConnection.connect(database_url) as reader:
@@ -100,8 +100,7 @@ async def test_a_collection_deleted_while_its_log_is_read_is_no_warning(
 ) -> None:
     for _ in range(10):
         served = await create(catalog, "notes")
-        for replica in served.replicas.values():
-            replica.wake()
+        served.look()
         await asyncio.sleep(0)
         await catalog.delete("default", "notes")
     assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
@@ -125,5 +124,5 @@ async def test_a_collection_that_could_not_be_deleted_is_opened_again(
         while not (await ingest.upsert(request("b"), "default", Deadline.after(1))).visible:
             pass
     served = catalog.resolve("default", "notes")
-    assert sum([await replica.count(None) for replica in served.replicas.values()]) == 2
+    assert sum(await served.each_shard(lambda replica, _: replica.count(None), Deadline.after(10))) == 2
     await ingest.close()

@@ -87,7 +87,7 @@ class Setting:
         )
         return ModelVersion(f"m{i}", number, state, "/artifact", manifest.encode().decode(), 1)
 
-    def _load(self, manifest: ModelManifest) -> Fake:
+    async def _load(self, manifest: ModelManifest) -> Fake:
         if self.failure:
             raise self.failure
         self.loaded.append(manifest.model)
@@ -188,7 +188,7 @@ def test_a_collection_keeps_its_model_and_its_space(setting: Setting) -> None:
         return Collection(
             uid=1, tenant="t", name="c", dim=dim, metric=Metric.COSINE, schema={}, schema_version=1,
             model=model, slots=1, shards=1, replicas=1, index="auto", max_staleness_ms=0, generation=1,
-            space=space, epoch=1, created_at_us=0,
+            space=space, created_at_us=0,
         )  # fmt: skip
 
     models = setting.models

@@ -33,7 +33,7 @@ async def open_replica(tmp_path: Path, log: MemoryLog, threads: ThreadPoolExecut
     async def open_one(**changed: Any) -> Replica:
         options: dict[str, Any] = {
             "directory": tmp_path / "shard-0", "log_id": log.log_id,
-            "tail": lambda after: log.tail(after),
+            "tail": lambda after, *slots: log.tail(after, *slots),
             "search_threads": threads, "memtable_rows": 8, "poll_ms": 5, "tail_rows": log.page_rows,
         }  # fmt: skip
         metric = changed.pop("metric", Metric.COSINE)
