@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfort.commands import cluster, collections, documents, load, models, queries, service
+from ringfort.commands import cluster, collections, documents, jobs, load, models, queries, service
 from ringfort.version import __version__
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cluster_app = typer.Typer(help="Look at the service itself.", no_args_is_help=True)
+cluster_app = typer.Typer(help="Look at the service itself, and change its shards.", no_args_is_help=True)
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Run": (service.up, service.demo),
@@ -33,10 +33,21 @@ _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
         app.command(rich_help_panel=_panel)(_command)
-for _command in (cluster.describe, cluster.cache):
+for _command in (
+    cluster.describe,
+    cluster.cache,
+    cluster.add_shard,
+    cluster.drain_shard,
+    cluster.set_replicas,
+):
     cluster_app.command()(_command)
 cluster_app.command(name="hot-keys")(cluster.hot_keys)
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Run")
+jobs_app = typer.Typer(help="Long operations.", no_args_is_help=True)
+jobs_app.command(name="list")(jobs.show)
+for _command in (jobs.watch, jobs.cancel):
+    jobs_app.command()(_command)
+app.add_typer(jobs_app, name="jobs", rich_help_panel="Run")
 models_app = typer.Typer(help="Build, register and promote embedding models.", no_args_is_help=True)
 # Its options are those of the builder, which prints its own help.
 models_app.command(

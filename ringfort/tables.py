@@ -285,7 +285,7 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
     for column in ("shard", "replica"):
         replicas.add_column(column, justify="right")
     replicas.add_column("state")
-    for column in ("documents", "segments", "memtable", "pending", "position", "behind"):
+    for column in ("slots", "documents", "segments", "memtable", "pending", "position", "behind"):
         replicas.add_column(column, justify="right")
     for each in answer.collections:
         for replica in each.replicas:
@@ -294,6 +294,7 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
                 str(replica.shard),
                 str(replica.replica),
                 _explained(replica.state, replica.detail),
+                f"{replica.slots:,}",
                 f"{replica.documents:,}",
                 f"{replica.segments:,}",
                 f"{replica.memtable_rows:,}",
@@ -311,6 +312,27 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
     shown: list[RenderableType] = [head]
     shown += [Padding(table, (1, 0, 0, 0), expand=False) for table in (parts, replicas) if table.row_count]
     return Group(*shown, Padding(limits, (1, 0, 0, 0), expand=False))
+
+
+def jobs(answer: Iterable[pb.Job]) -> RenderableType:
+    """Long operations, one a row."""
+    table = _table()
+    table.add_column("job", no_wrap=True)
+    table.add_column("what", style="bold")
+    table.add_column("collection")
+    table.add_column("state")
+    table.add_column("done", justify="right")
+    table.add_column("took", justify="right")
+    for each in answer:
+        took = ""
+        if each.HasField("ended_at"):
+            took = duration(each.ended_at.ToMicroseconds() / 1e6 - each.started_at.ToMicroseconds() / 1e6)
+        name = pb.Job.State.Name(each.state).lower()
+        table.add_row(
+            each.id, each.kind, Text(each.collection), _explained(name, each.message),
+            f"{each.done}/{each.total}", took,
+        )  # fmt: skip
+    return table
 
 
 def cache(answer: pb.CacheStatsResponse) -> RenderableType:

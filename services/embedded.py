@@ -37,6 +37,7 @@ from services.gateway.model_service import ModelService
 from services.gateway.models import Models
 from services.gateway.recall_audit import RecallAudit
 from services.gateway.recommend import Recommend
+from services.gateway.resharder import Resharder
 from services.gateway.retrieval import Retrieval
 from services.gateway.server import Server
 from services.gateway.servicers import (
@@ -44,6 +45,7 @@ from services.gateway.servicers import (
     CollectionService,
     DocumentService,
     EmbeddingService,
+    IndexService,
     SearchService,
 )
 from services.metadata.store import Store
@@ -109,6 +111,9 @@ class Embedded:
         model_service = ModelService(models, store.models, data_dir.models)
         await model_service.open()
         catalog = await self._catalog(store, data_dir)
+        resharder = Resharder(catalog)
+        self._stack.push_async_callback(resharder.close)
+        await resharder.open()
         ingest = Ingest(catalog, models, gateway.limits)
         self._stack.push_async_callback(ingest.close)
 
@@ -135,8 +140,10 @@ class Embedded:
                 "SearchService": search_service,
                 "CollectionService": CollectionService(catalog, models, self._config),
                 "ModelService": model_service,
+                "IndexService": IndexService(catalog, resharder),
                 "ClusterService": ClusterService(
                     catalog,
+                    resharder,
                     cache,
                     answers,
                     self._config,

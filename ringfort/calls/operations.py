@@ -22,6 +22,18 @@ def job(id: str) -> Call[pb.Job, pb.Job]:
     return Call("IndexService/GetJob", pb.GetJobRequest(id=id), pb.Job, whole)
 
 
+def jobs(collection: str = "") -> Call[pb.ListJobsResponse, pb.ListJobsResponse]:
+    """The long operations of a collection, or of all, the latest first."""
+    return Call(
+        "IndexService/ListJobs", pb.ListJobsRequest(collection=collection), pb.ListJobsResponse, whole
+    )
+
+
+def cancel_job(id: str) -> Call[pb.Job, pb.Job]:
+    """Undoes a long operation that is under way; answers when that is done."""
+    return Call("IndexService/CancelJob", pb.CancelJobRequest(id=id), pb.Job, whole, repeatable=False)
+
+
 def activate(collection: str, generation: int) -> Call[pb.ActivateResponse, pb.ActivateResponse]:
     """Makes a built generation the live one."""
     request = pb.ActivateRequest(collection=collection, generation=generation)
@@ -64,6 +76,25 @@ def rollback_model(name: str) -> Call[pb.Model, pb.Model]:
 def cluster() -> Call[pb.DescribeResponse, pb.DescribeResponse]:
     """The service's release, limits, parts, and the state of every replica."""
     return Call("ClusterService/Describe", pb.DescribeRequest(), pb.DescribeResponse, whole)
+
+
+def add_shard(collection: str) -> Call[pb.Job, pb.Job]:
+    """Starts giving a collection one shard more, which takes its slots from the others."""
+    return Call(
+        "ClusterService/AddShard", pb.AddShardRequest(collection=collection), pb.Job, whole, repeatable=False
+    )
+
+
+def drain_shard(collection: str, shard: int) -> Call[pb.Job, pb.Job]:
+    """Starts moving a shard's slots to the others; in the end the shard is gone."""
+    request = pb.DrainShardRequest(collection=collection, shard=shard)
+    return Call("ClusterService/DrainShard", request, pb.Job, whole, repeatable=False)
+
+
+def set_replicas(collection: str, replicas: int) -> Call[pb.Job, pb.Job]:
+    """Starts giving every shard of a collection so many copies."""
+    request = pb.SetReplicasRequest(collection=collection, replicas=replicas)
+    return Call("ClusterService/SetReplicas", request, pb.Job, whole, repeatable=False)
 
 
 def cache_stats() -> Call[pb.CacheStatsResponse, pb.CacheStatsResponse]:

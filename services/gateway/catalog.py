@@ -19,6 +19,7 @@ from services.metadata.store import Store
 from shard_router.errors import NotFound, RingfortError, Unavailable
 from shard_router.model import Collection, Metric, Schema
 from shard_router.resharding import Copy
+from shard_router.shard_map import MapState
 
 __all__ = ["Catalog", "Served"]
 
@@ -56,6 +57,8 @@ class Catalog:
         self._log_id = ""
         #: Told of every collection that goes, so that its writers end.
         self.on_drop: list[Callable[[Served], Awaitable[None]]] = []
+        #: Told when everything was opened on another log.
+        self.on_load: list[Callable[[], Awaitable[None]]] = []
 
     async def load(self) -> None:
         """Open every collection the store has; returns when all of them can answer."""
@@ -73,6 +76,11 @@ class Catalog:
     def hurry(self) -> None:
         """Look at once whether something can be opened anew: a node has come back."""
         self._hurried.set()
+
+    async def turn(self, served: Served, state: MapState) -> None:
+        """Go over to another state of a collection's map; copies that cannot are closed, and opened anew."""
+        for left in await served.turn(state):
+            await left.close()
 
     async def reconcile(self, served: Served) -> None:
         """Open the copies that its map and its number of replicas ask for, and close all others.
@@ -254,8 +262,12 @@ class Catalog:
             for served in self.all():
                 await self._drop(served)
             await self._load()
+            for tell in self.on_load:
+                await tell()
         failures: list[Exception] = []
         for served in self.all():
+            if served.outdated:
+                await self.turn(served, await self.store.shard_maps.get(served.collection))
             if served.wants_copies and not served.reconciling.locked():
                 try:
                     await self.reconcile(served)

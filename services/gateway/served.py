@@ -32,6 +32,8 @@ class Served:
         #: By copy, how many searches are under way there.
         self.in_flight: dict[Copy, int] = {}
         self.latencies, self.hedges = Latencies(), HedgeBudget()
+        #: How many replicas there are to be, while that is more than the collection asks for yet.
+        self.growing_to = 0
         #: Copies are opened and closed by one at a time.
         self.reconciling = asyncio.Lock()
         #: Told of every copy that has joined (True), or is about to leave.
@@ -45,9 +47,14 @@ class Served:
         """Who answers for which slot."""
         return self.state.answering
 
+    @property
+    def outdated(self) -> bool:
+        """Whether a commit has told of a later map than is known here."""
+        return self.state.epoch < self._told_epoch
+
     def wanted(self) -> set[Copy]:
         """The copies that there should be."""
-        numbers = range(self.collection.replicas)
+        numbers = range(max(self.collection.replicas, self.growing_to))
         return {Copy(shard, number) for shard in self.state.shards for number in numbers}
 
     @property
@@ -135,7 +142,7 @@ class Served:
         False where a shard has no copy that may: what is visible there nobody can say. Nor can anybody while
         a commit has told of a later map than is known here, for then others may have to be waited for.
         """
-        while self.state.epoch < self._told_epoch:
+        while self.outdated:
             self._turned.clear()
             try:
                 async with asyncio.timeout(deadline.left_s()):
@@ -143,12 +150,13 @@ class Served:
             except TimeoutError:
                 return False
         while True:
-            asked = [self.up(shard) for shard in self.state.shards]
-            waits = [replica.wait_for(position, deadline) for up in asked for replica in up.values()]
-            if all(await asyncio.gather(*waits)) and all(asked):
+            asked = {shard: self.up(shard) for shard in self.state.shards}
+            waits = [replica.wait_for(position, deadline) for up in asked.values() for replica in up.values()]
+            reached = all(await asyncio.gather(*waits))
+            if reached and all(asked.get(shard) for shard in self.shard_map.shards):
                 return True
-            # Whoever fell meanwhile is asked no more, as long as another copy is there.
-            if deadline.left_s() <= 0 or asked == [self.up(shard) for shard in self.state.shards]:
+            # Whoever fell or left meanwhile is asked no more, as long as another copy is there.
+            if deadline.left_s() <= 0 or asked == {shard: self.up(shard) for shard in self.state.shards}:
                 return False
 
     async def each_shard(
@@ -178,8 +186,10 @@ class Served:
     async def turn(self, state: MapState) -> list[ShardEndpoint]:
         """Go over to another state of the map, and all copies with it; returns those that cannot.
 
-        They lack what they should answer for, and have left.
+        They lack what they should answer for, and have left. A state that is over changes nothing.
         """
+        if state.epoch < self.state.epoch:
+            return []
         self.state = state
         left: list[ShardEndpoint] = []
         for copy, replica in list(self.copies()):

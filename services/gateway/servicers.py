@@ -27,9 +27,12 @@ from services.gateway.documents import Documents
 from services.gateway.ingest import Ingest
 from services.gateway.models import Models, require_dimension, space_at
 from services.gateway.recommend import Recommend
+from services.gateway.resharder import Job, Resharder
 from services.gateway.retrieval import Retrieval
 from services.gateway.streams import in_order
-from shard_router.errors import InvalidField, NotFound
+from services.metadata.jobs import JobState
+from shard_router.errors import InvalidField, NotFound, PreconditionFailed
+from shard_router.shard_map import Steady
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,127}")
 ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -38,6 +41,12 @@ INPUT_TYPES = {pb.QUERY: InputType.QUERY, pb.DOCUMENT: InputType.DOCUMENT}
 EMBED_STREAM_REQUESTS = 4
 MAX_DIM = 4_096
 INDEX_KINDS = ("auto", "flat", "hnsw", "ivf")
+JOB_STATES = {
+    JobState.RUNNING: pb.Job.RUNNING,
+    JobState.SUCCEEDED: pb.Job.SUCCEEDED,
+    JobState.FAILED: pb.Job.FAILED,
+    JobState.CANCELLED: pb.Job.CANCELLED,
+}
 MAX_SHARDS = 64
 DEFAULT_HOT_KEYS, MAX_HOT_KEYS = 20, 1_024
 MAX_REPLICAS = 64
@@ -293,12 +302,57 @@ class CollectionService:
         )
 
 
+class IndexService:
+    """Long operations, as jobs to watch."""
+
+    def __init__(self, catalog: Catalog, resharder: Resharder) -> None:
+        self._catalog = catalog
+        self._resharder = resharder
+
+    async def GetJob(self, request: pb.GetJobRequest, call: Call) -> pb.Job:
+        return job_message(await self._resharder.job(self._catalog.of_tenant(call.tenant), request.id))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, call: Call) -> pb.ListJobsResponse:
+        of = self._catalog.of_tenant(call.tenant)
+        if request.collection:
+            of = [self._catalog.resolve(call.tenant, request.collection)]
+        return pb.ListJobsResponse(jobs=[job_message(job) for job in await self._resharder.jobs(of)])
+
+    async def WatchJob(self, request: pb.WatchJobRequest, call: Call) -> AsyncIterator[pb.Job]:
+        async for job in self._resharder.watch(self._catalog.of_tenant(call.tenant), request.id):
+            yield job_message(job)
+
+    async def CancelJob(self, request: pb.CancelJobRequest, call: Call) -> pb.Job:
+        of = self._catalog.of_tenant(call.tenant)
+        return job_message(await self._resharder.cancel(of, request.id, call.deadline))
+
+
+def job_message(job: Job) -> pb.Job:
+    """A job as it is told."""
+    record = job.record
+    message = pb.Job(
+        id=record.id,
+        kind=record.kind,
+        collection=job.served.collection.name,
+        state=JOB_STATES[record.state],
+        generation=job.served.collection.generation,
+        done=job.done,
+        total=job.total,
+        message=job.message,
+        started_at=wire.timestamp(record.started_at_us),
+    )
+    if record.ended_at_us is not None:
+        message.ended_at.CopyFrom(wire.timestamp(record.ended_at_us))
+    return message
+
+
 class ClusterService:
-    """What runs, and how it is."""
+    """What runs, how it is, and how many shards and replicas it has."""
 
     def __init__(
         self,
         catalog: Catalog,
+        resharder: Resharder,
         cache: CacheTier,
         answers: Answers,
         config: Config,
@@ -308,6 +362,7 @@ class ClusterService:
         components: Callable[[], Mapping[str, tuple[str, str]]],
     ) -> None:
         self._catalog = catalog
+        self._resharder = resharder
         self._cache = cache
         self._answers = answers
         self._config = config
@@ -355,6 +410,22 @@ class ClusterService:
             )
         return pb.HotKeysResponse(keys=hot[:limit])
 
+    async def AddShard(self, request: pb.AddShardRequest, call: Call) -> pb.Job:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        if len(served.state.shards) >= MAX_SHARDS:
+            raise PreconditionFailed(f"the collection has {MAX_SHARDS} shards, and no more are allowed")
+        return job_message(await self._resharder.add_shard(served))
+
+    async def DrainShard(self, request: pb.DrainShardRequest, call: Call) -> pb.Job:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        return job_message(await self._resharder.drain_shard(served, request.shard))
+
+    async def SetReplicas(self, request: pb.SetReplicasRequest, call: Call) -> pb.Job:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        if not 1 <= request.replicas <= MAX_REPLICAS:
+            raise InvalidField("replicas", f"{request.replicas} is not between 1 and {MAX_REPLICAS}")
+        return job_message(await self._resharder.set_replicas(served, request.replicas))
+
     async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
         answers = self._answers.stats()
         return pb.CacheStatsResponse(
@@ -365,9 +436,14 @@ class ClusterService:
 
     @staticmethod
     def _status(served: Served) -> pb.CollectionStatus:
-        here = dict(served.copies())
+        here, map_state = dict(served.copies()), served.state
         replicas = [
-            pb.Replica(shard=copy.shard, replica=copy.replica, state="opening")
+            pb.Replica(
+                shard=copy.shard,
+                replica=copy.replica,
+                state="opening",
+                slots=len(map_state.served_by(copy.shard)),
+            )
             for copy in served.wanted() - here.keys()
         ]
         for copy, replica in here.items():
@@ -376,6 +452,7 @@ class ClusterService:
                 pb.Replica(
                     shard=copy.shard,
                     replica=copy.replica,
+                    slots=len(map_state.served_by(copy.shard)),
                     endpoint=replica.endpoint,
                     state=state,
                     detail=detail,
@@ -402,4 +479,6 @@ class ClusterService:
             epoch=served.state.epoch,
             watermark=served.position,
             replicas=sorted(replicas, key=lambda each: (each.shard, each.replica)),
+            shard_map=type(map_state).__name__.lower(),
+            moving_slots=0 if isinstance(map_state, Steady) else sum(map(len, map_state.gains.values())),
         )

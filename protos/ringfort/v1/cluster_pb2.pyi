@@ -124,11 +124,12 @@ class Replica(_message.Message):
     PENDING_ROWS_FIELD_NUMBER: _builtins.int
     SEGMENT_STATUS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     replica: _builtins.int
     endpoint: _builtins.str
     state: _builtins.str
-    """serving; repairing (documents of a damaged segment are being read again, answers lack them);
+    """serving; opening (it is catching up, and not asked yet); repairing (documents of a damaged segment are being read again, answers lack them);
     disk_full (sealing pauses until there is room); down.
     """
     position: _builtins.int
@@ -139,6 +140,8 @@ class Replica(_message.Message):
     """Rows that wait to be sealed, merged or indexed; 0 once all upkeep is done."""
     detail: _builtins.str
     """What a state other than serving means here."""
+    slots: _builtins.int
+    """How many slots its shard answers for."""
     @_builtins.property
     def segment_status(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentStatus]:
         """Oldest first."""
@@ -157,10 +160,11 @@ class Replica(_message.Message):
         pending_rows: _builtins.int = ...,
         segment_status: _abc.Iterable[Global___SegmentStatus] | None = ...,
         detail: _builtins.str = ...,
+        slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "documents", b"documents", "endpoint", b"endpoint", "memtable_rows", b"memtable_rows", "pending_rows", b"pending_rows", "position", b"position", "replica", b"replica", "segment_status", b"segment_status", "segments", b"segments", "shard", b"shard", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "documents", b"documents", "endpoint", b"endpoint", "memtable_rows", b"memtable_rows", "pending_rows", b"pending_rows", "position", b"position", "replica", b"replica", "segment_status", b"segment_status", "segments", b"segments", "shard", b"shard", "slots", b"slots", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -175,11 +179,17 @@ class CollectionStatus(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     WATERMARK_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    SHARD_MAP_FIELD_NUMBER: _builtins.int
+    MOVING_SLOTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     generation: _builtins.int
     epoch: _builtins.int
     watermark: _builtins.int
     """The log's counter: replicas at this position have applied every write."""
+    shard_map: _builtins.str
+    """steady; migrating (slots are being copied to new owners, the old ones answer); retiring (the new ones answer)."""
+    moving_slots: _builtins.int
+    """Slots that are changing owners."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
     def __init__(
@@ -190,10 +200,12 @@ class CollectionStatus(_message.Message):
         epoch: _builtins.int = ...,
         watermark: _builtins.int = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
+        shard_map: _builtins.str = ...,
+        moving_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "name", b"name", "replicas", b"replicas", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "moving_slots", b"moving_slots", "name", b"name", "replicas", b"replicas", "shard_map", b"shard_map", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,7 +69,7 @@ def test_without_a_command_it_says_what_there_is(run: Any) -> None:
     outcome = run()
     assert outcome.code == 0
     assert set(re.findall(r"^│ (\w+)", outcome.out, re.MULTILINE)) == {
-        *("up", "demo", "cluster", "models"),
+        *("up", "demo", "cluster", "jobs", "models"),
         *("search", "recommend", "embed"),
         *("collections", "create"),
         *("load", "count", "get", "scan", "delete"),
@@ -256,6 +256,20 @@ def test_embed(fake: FakeService, run: Any) -> None:
     assert lines[3] == "1.5 ms · m@1 · space s"
 
 
+def test_a_change_of_shards_is_followed_until_it_has_ended(fake: FakeService, run: Any) -> None:
+    job = pb.Job(id="j1", kind="add-shard", collection="packages", state=pb.Job.RUNNING, done=1, total=4)
+    ended = pb.Job(id="j1", kind="add-shard", collection="packages", state=pb.Job.SUCCEEDED, done=4, total=4)
+    _answer(fake, "ClusterService/AddShard", job)
+    _answer(fake, "IndexService/GetJob", ended)
+    lines = run("cluster", "add-shard", "packages").lines
+    assert lines[1].split() == ["j1", "add-shard", "packages", "succeeded", "4/4"]
+    told = [json.loads(line) for line in run("cluster", "add-shard", "packages", "--json").lines]
+    assert [(each["state"], each["done"]) for each in told] == [("RUNNING", 1), ("SUCCEEDED", 4)]
+    ended.state, ended.message = pb.Job.FAILED, "no room"
+    _answer(fake, "IndexService/GetJob", ended)
+    assert run("jobs", "watch", "j1").code == 1
+
+
 def test_cluster_describe(fake: FakeService, run: Any) -> None:
     answer = pb.DescribeResponse(
         version="0.1.0",
@@ -268,7 +282,9 @@ def test_cluster_describe(fake: FakeService, run: Any) -> None:
                 name="packages",
                 watermark=1200,
                 replicas=[
-                    pb.Replica(shard=1, state="serving", position=1000, documents=14690, pending_rows=4096)
+                    pb.Replica(
+                        shard=1, state="serving", position=1000, documents=14690, pending_rows=4096, slots=64
+                    )
                 ],
             )
         ],
@@ -277,7 +293,13 @@ def test_cluster_describe(fake: FakeService, run: Any) -> None:
     lines = run("cluster", "describe").lines
     assert lines[0] == "ringfort 0.1.0  embedded · up 1 h 2 min"
     assert lines[3].split() == ["postgres", "up", "18.6"]
-    assert lines[6].split() == ["packages", "1", "0", "serving", "14,690", "0", "0", "4,096", "1,000", "200"]
+    assert lines[6].split() == [
+        "packages",
+        "1",
+        "0",
+        "serving",
+        *["64", "14,690", "0", "0", "4,096", "1,000", "200"],
+    ]
     assert lines[-1] == "k ≤ 1,000"
 
 
