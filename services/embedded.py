@@ -118,6 +118,7 @@ class Embedded:
         self._stack.push_async_callback(ingest.close)
 
         answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
+        self._stack.push_async_callback(answers.close)
         ranker = Ranker()
         fanout = FanOut(random.Random())
         audit = RecallAudit(fanout, every_s=self._config.telemetry.recall_audit_s)

@@ -97,7 +97,7 @@ class Exchange:
         """The reply, None where there is none: whoever is away is not heard, and comes back."""
         assert self._second is not None
         try:
-            return await self._second.run(command, HOT_KEYS, *arguments)
+            return await self._second.run(HOT_KEYS, command, HOT_KEYS, *arguments)
         except (RedisError, OSError) as error:
             logger.debug("hot keys were not exchanged: %s", error)
             return None

@@ -15,6 +15,7 @@ ANSWER_PREFIX = b"rf1:a:"
 COPY_PREFIX = b"rf1+"
 #: Where gateways tell each other what is hot.
 HOT_KEYS = b"rf1:h"
+LEASE_PREFIX = b"rf1:l:"
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -54,6 +55,11 @@ def answer_key(
             options,
         )
     )
+
+
+def lease_key(key: bytes, position: int) -> bytes:
+    """The name of the right to compute what a key stands for, as of at least a position of the log."""
+    return LEASE_PREFIX + _digest(key, b"%d" % position)
 
 
 class Named(NamedTuple):

@@ -80,6 +80,11 @@ class S3Fifo(Generic[Value]):
             entry.uses += 1
         return entry.value
 
+    def look(self, key: bytes) -> Value | None:
+        """The value, or None; not a use."""
+        entry = self._main.get(key) or self._small.get(key)
+        return None if entry is None else entry.value
+
     def put(self, key: bytes, value: Value, size_bytes: int) -> None:
         """Hold the value in place of the key's last one; not a use.
 

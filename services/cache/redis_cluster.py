@@ -112,12 +112,12 @@ class RedisCluster:
             if (node := self._node_of(name)) is not None:
                 node.offer(name, payload, ttl_s)
 
-    async def run(self, name: str, key: bytes, *arguments: Any) -> Any:
+    async def run(self, key: bytes, *command: Any) -> Any:
         """As of any second tier."""
         node = self._node_of(key)
         if node is None:
             raise RedisConnectionError("no server of the cluster is known to own the key's slot")
-        return await node.run(name, key, *arguments)
+        return await node.run(key, *command)
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """From now on these keys have copies in several slots."""

@@ -16,7 +16,7 @@ from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
 from services.deadline import Deadline
-from services.gateway.answers import Answers, Computed
+from services.gateway.answers import Answers, Cached, Computed, Question
 from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
@@ -60,15 +60,22 @@ class Recommend:
         if request.cache == pb.BYPASS:
             made = await self._recommend(served, request, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
-        key = self._answers.key(served, self._ranker.version, _query_bytes(request), b"recommend")
-        staleness_ms = self._retrieval.staleness(served, request)
-        cached = await self._answers.get(served, key, at_least, staleness_ms)
-        if cached is not None:
-            return cached.body + _suffix(cached.served_from, began)
-        made = await self._answers.once(
-            served, key, request.min_coverage, lambda: self._recommend(served, request, deadline)
+        question = Question(
+            lambda served: self._answers.key(
+                served, self._ranker.version, _query_bytes(request), b"recommend"
+            ),
+            lambda served, deadline: self._recommend(served, request, deadline),
+            request.min_coverage,
         )
-        return made.body + _suffix(pb.INDEX, began, made.timings)
+        name = question.name(served)
+        staleness_ms = self._retrieval.staleness(served, request)
+        found: Cached | Computed | None
+        found = await self._answers.get(served, name, question, at_least, staleness_ms)
+        if found is None:
+            found = await self._answers.once(served, name, question, at_least, deadline)
+        if isinstance(found, Cached):
+            return found.body + _suffix(found.served_from, began)
+        return found.body + _suffix(pb.INDEX, began, found.timings)
 
     def _check(self, served: Served, request: pb.RecommendRequest) -> None:
         for name in ("user_features", "context_features"):

@@ -20,7 +20,7 @@ from services import wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
-from services.gateway.answers import Answers, Computed
+from services.gateway.answers import Answers, Cached, Computed, Question
 from services.gateway.catalog import Catalog, Served
 from services.gateway.conditions import Conditions
 from services.gateway.embeddings import Vectors
@@ -91,6 +91,26 @@ class Retrieval:
         if request.cache == pb.BYPASS:
             made = await self._search(served, request, kind, k, effort, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
+        question = Question(
+            lambda served: self._name(served, request, kind, k, effort),
+            lambda served, deadline: self._search(served, request, kind, k, effort, deadline),
+            request.min_coverage,
+        )
+        name = question.name(served)
+        staleness_ms = self.staleness(served, request)
+        found: Cached | Computed | None
+        found = await self._answers.get(served, name, question, at_least, staleness_ms)
+        cache_ms = 0.0
+        if isinstance(found, Cached) and found.served_from == pb.L1:
+            _L1.took(time.perf_counter() - began)
+        if found is None:
+            cache_ms = (time.perf_counter() - began) * 1e3
+            found = await self._answers.once(served, name, question, at_least, deadline)
+        if isinstance(found, Cached):
+            return found.body + _suffix(found.served_from, began, cache_ms=cache_ms)
+        return found.body + _suffix(pb.INDEX, began, found.timings, cache_ms)
+
+    def _name(self, served: Served, request: pb.SearchRequest, kind: str, k: int, effort: Effort) -> bytes:
         options = msgspec.msgpack.encode(
             (
                 "search", k, request.exact, effort.share, effort.recall,
@@ -98,18 +118,7 @@ class Retrieval:
                 request.include.SerializeToString(), self._models.variant(served.collection),
             )
         )  # fmt: skip
-        key = self._answers.key(served, "", _query_bytes(request, kind), options)
-        cached = await self._answers.get(served, key, at_least, self.staleness(served, request))
-        if cached is not None:
-            if cached.served_from == pb.L1:
-                _L1.took(time.perf_counter() - began)
-            return cached.body + _suffix(cached.served_from, began)
-        cache_ms = (time.perf_counter() - began) * 1e3
-        made = await self._answers.once(
-            served, key, request.min_coverage,
-            lambda: self._search(served, request, kind, k, effort, deadline),
-        )  # fmt: skip
-        return made.body + _suffix(pb.INDEX, began, made.timings, cache_ms)
+        return self._answers.key(served, "", _query_bytes(request, kind), options)
 
     async def text_vectors(
         self, served: Served, texts: Sequence[str], deadline: Deadline, *, use_cache: bool = True

@@ -427,11 +427,14 @@ class ClusterService:
         return job_message(await self._resharder.set_replicas(served, request.replicas))
 
     async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
-        answers = self._answers.stats()
+        answers, cache = self._answers.stats(), self._cache.stats()
+        avoided = answers["recomputes_avoided_total"] + cache["lease_recomputes_avoided_total"]
         return pb.CacheStatsResponse(
             tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
             superseded=int(answers["superseded_total"]),
-            stampedes_avoided=int(answers["recomputes_avoided_total"]),
+            stampedes_avoided=int(avoided),
+            refreshed_early=int(answers["refreshed_total"]),
+            gateways=1 + int(cache["other_gateways"]),
         )
 
     @staticmethod
