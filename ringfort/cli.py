@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfort.commands import cluster, collections, documents, jobs, load, models, queries, service
+from ringfort.commands import cluster, collections, documents, jobs, load, models, observe, queries, service
 from ringfort.version import __version__
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -25,7 +25,7 @@ app = typer.Typer(
 cluster_app = typer.Typer(help="Look at the service itself, and change its shards.", no_args_is_help=True)
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
-    "Run": (service.up, service.demo),
+    "Run": (service.up, service.demo, observe.top, observe.profile),
     "Search": (queries.search, queries.recommend, queries.embed),
     "Collections": (collections.collections, collections.create),
     "Documents": (load.load, documents.count, documents.get, documents.scan, documents.delete),

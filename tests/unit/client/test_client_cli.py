@@ -69,7 +69,7 @@ def test_without_a_command_it_says_what_there_is(run: Any) -> None:
     outcome = run()
     assert outcome.code == 0
     assert set(re.findall(r"^│ (\w+)", outcome.out, re.MULTILINE)) == {
-        *("up", "demo", "cluster", "jobs", "models"),
+        *("up", "demo", "top", "profile", "cluster", "jobs", "models"),
         *("search", "recommend", "embed"),
         *("collections", "create"),
         *("load", "count", "get", "scan", "delete"),
