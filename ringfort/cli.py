@@ -48,14 +48,14 @@ jobs_app.command(name="list")(jobs.show)
 for _command in (jobs.watch, jobs.cancel):
     jobs_app.command()(_command)
 app.add_typer(jobs_app, name="jobs", rich_help_panel="Run")
-models_app = typer.Typer(help="Build, register and promote embedding models.", no_args_is_help=True)
+models_app = typer.Typer(help="Build, register and promote models, and rankers.", no_args_is_help=True)
 # Its options are those of the builder, which prints its own help.
 models_app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
 )(models.build)
 models_app.command(name="list")(models.show)
-for _command in (models.register, models.promote, models.rollback):
+for _command in (models.register, models.traffic, models.promote, models.rollback):
     models_app.command()(_command)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
 

@@ -384,8 +384,9 @@ def models(versions: Iterable[pb.Model]) -> RenderableType:
     """Versions of models and what they are, a row each."""
     table = _table()
     table.add_column("model", style="bold")
-    for column in ("state", "precision"):
-        table.add_column(column)
+    table.add_column("state")
+    table.add_column("traffic", justify="right")
+    table.add_column("precision")
     for column in ("dimension", "tokens"):
         table.add_column(column, justify="right")
     for column in ("space", "variant", "registered"):
@@ -394,10 +395,11 @@ def models(versions: Iterable[pb.Model]) -> RenderableType:
         table.add_row(
             f"{model.name}@{model.version}",
             state(pb.Model.State.Name(model.state).lower()),
-            model.precision,
-            str(model.dim),
+            f"{model.traffic_percent}%" if model.traffic_percent else "–",
+            model.precision or pb.Model.Kind.Name(model.kind).lower(),
+            str(model.dim or "–"),
             str(model.max_tokens or "–"),
-            model.space,
+            model.space or "–",
             model.variant,
             model.registered_at.ToDatetime().strftime("%Y-%m-%d %H:%M")
             if model.HasField("registered_at")

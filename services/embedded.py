@@ -35,6 +35,7 @@ from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
+from services.gateway.rankers import Rankers
 from services.gateway.recall_audit import RecallAudit
 from services.gateway.recommend import Recommend
 from services.gateway.resharder import Resharder
@@ -108,7 +109,8 @@ class Embedded:
         embeddings = await self._embeddings(manifest, cache)
         models = self._models(embeddings, cache, data_dir)
         self._stack.push_async_callback(models.close)
-        model_service = ModelService(models, store.models, data_dir.models)
+        rankers = Rankers()
+        model_service = ModelService(models, rankers, store.models, data_dir.models)
         await model_service.open()
         catalog = await self._catalog(store, data_dir)
         resharder = Resharder(catalog)
@@ -124,9 +126,9 @@ class Embedded:
         audit = RecallAudit(fanout, every_s=self._config.telemetry.recall_audit_s)
         self._stack.push_async_callback(audit.close)
         retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits, audit)
-        batch = BatchRetrieval(catalog, retrieval, models, fanout, answers, gateway.limits)
+        batch = BatchRetrieval(catalog, retrieval, fanout, answers, gateway.limits)
         recommend = Recommend(
-            catalog, retrieval, fanout, ranker, answers, gateway.limits,
+            catalog, retrieval, fanout, ranker, rankers, answers, gateway.limits,
             default_candidates=self._config.ranker.default_candidates,
         )  # fmt: skip
         embedding_service = EmbeddingService(models, self._config)

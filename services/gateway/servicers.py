@@ -70,6 +70,9 @@ class EmbeddingService:
     async def Embed(self, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
         began = time.perf_counter()
         manifest = self._models.resolve(request.model)
+        if "@" not in request.model:
+            key = request.traffic_key.encode() or _first(request)
+            manifest = self._models.routed(manifest, call.tenant, key, dim=request.dimensions)
         if request.images:
             return await self._embed_images(request, manifest, call, began)
         wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
@@ -153,6 +156,13 @@ class EmbeddingService:
             ranker="similarity",
             timings=pb.Timings(total_ms=(time.perf_counter() - began) * 1e3),
         )
+
+
+def _first(request: pb.EmbedRequest) -> bytes:
+    """The first text or picture of a request; nothing for an empty one."""
+    if request.texts:
+        return request.texts[0].encode()
+    return request.images[0] if request.images else b""
 
 
 class DocumentService:

@@ -12,7 +12,6 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from services.gateway.local_shards import LocalShards
 
 from index_builder.segments.index_spec import DEFAULT_EFFORT
 from protos.ringfort import v1 as pb
@@ -25,6 +24,7 @@ from services.gateway.ingest import Ingest
 from services.gateway.resharder import Job, Resharder, _Change
 from services.metadata.jobs import JobState
 from services.metadata.store import Store
+from services.shard.local_shards import LocalShards
 from services.shard.replica import Replica
 from shard_router.errors import NotFound, PreconditionFailed
 from shard_router.model import Include, Metric
@@ -103,7 +103,7 @@ async def service(url: str, directory: Path) -> AsyncIterator[Service]:
         stack.push_async_callback(store.close)
         threads = stack.enter_context(ThreadPoolExecutor(1))
         shards = LocalShards(
-            store, directory, search_threads=threads, memtable_rows=64, graph_rows=50_000, poll_ms=20,
+            directory, store.follow, search_threads=threads, memtable_rows=64, graph_rows=50_000, poll_ms=20,
             device="cpu",
         )  # fmt: skip
         catalog = Catalog(store, shards)

@@ -47,6 +47,7 @@ CALLS: list[Call[Any, Any]] = [
     operations.rollback("c"),
     operations.models(),
     operations.register_model("/models/m"),
+    operations.set_traffic("m", "1", 10),
     operations.promote_model("m", "1"),
     operations.rollback_model("m"),
     operations.cluster(),
