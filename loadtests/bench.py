@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import cache, corpus, e2e, embed, ingest, machine, quality, search, start
+from loadtests import cache, corpus, e2e, embed, ingest, machine, observe, quality, search, start, tail
 from loadtests.run import Run
 from loadtests.scoreboard import FAMILIES, Measured, Row, entry, of_families
 
@@ -24,6 +24,8 @@ MEASURES: Mapping[str, Callable[[Run], Iterator[Measured]]] = {
     "search": search.measure,
     "cache": cache.measure,
     "e2e": e2e.measure,
+    "tail": tail.measure,
+    "observe": observe.measure,
     "start": start.measure,
 }
 BUILD = Path(__file__).parents[1] / "build"

@@ -17,7 +17,7 @@ from loadtests.engine import BATCH_TOKENS, Batch, Engine, by_length, in_order
 from loadtests.gemm import int8_products, operations_per_token
 from loadtests.run import Run
 from loadtests.scoreboard import Measured
-from loadtests.timing import alone, excess, median, processor_s, ratio, repeat, take_turns
+from loadtests.timing import alone, excess, median, ratio, repeat, take_turns
 from ringfort import Client
 
 _SEED = 7
@@ -117,27 +117,28 @@ def _rpc_us_per_text(run: Run, texts: Iterator[str]) -> Measured:
     rates: list[float] = []
     with Callers(run.service.grpc) as callers:
 
-        def round_() -> tuple[float, float, float]:
-            """CPU seconds of the service, of the client, and of the engine with the same texts."""
+        def round_() -> tuple[float, float, float, float]:
+            """CPU us a text: the service, the client, the engine with the same texts, an empty call."""
             asked = list(islice(texts, count))
-            before = run.service.processor_s()
 
             async def call(number: int) -> object:
                 return await callers.client.embed([asked[number]])
 
-            client_s = processor_s(lambda: rates.append(callers.calls(_CALLERS, count, call).per_s))
-            service_s = run.service.processor_s() - before
-            return service_s, client_s, run.engine.run(by_length(run.engine.tokenize(asked))).processor_s
+            ours = run.costed(lambda: callers.calls(_CALLERS, count, call))
+            rates.append(ours.load.per_s)
+            empty = run.costed(lambda: callers.calls(_CALLERS, count, callers.nothing))
+            engine_s = run.engine.run(by_length(run.engine.tokenize(asked))).processor_s
+            return ours.service_us, ours.client_us, 1e6 * engine_s / count, empty.call_us
 
         rounds = repeat(run.rounds, round_)
-    us = [tuple(1e6 * seconds / count for seconds in each) for each in rounds]
-    service, client, engine = ([each[i] for each in us] for i in range(3))
+    service, client, engine, empty = ([each[i] for each in rounds] for i in range(4))
     spent = [a + b for a, b in zip(service, client, strict=True)]
     detail = {
         "unit": "CPU us a text, tokenizing and Valkey included",
         "service": median(service),
         "client": median(client),
         "engine": median(engine),
+        "empty_call": median(empty),
         "texts_per_s": median(rates[1:]),
     }
     return Measured("embed.rpc_us_per_text.c64", excess(spent, engine), detail)

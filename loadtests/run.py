@@ -96,7 +96,9 @@ class Run:
         #: How long one side of one round is under load.
         self.seconds = 0.2 if quick else 1.0
         self.cpus = usable_cpus()
-        self._corpus_file, self._models, self._directory = corpus_file, models, directory
+        #: Where the documents come from.
+        self.corpus_file = corpus_file
+        self._models, self._directory = models, directory
         self._queries = QUICK_QUERIES if quick else QUERIES
         self._documents = QUICK_DOCUMENTS if quick else documents
         directory.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ class Run:
     @cached_property
     def _corpus(self) -> Sequence[Package]:
         rows = None if self._documents is None else self._documents + self._queries
-        return corpus.read(self._corpus_file, rows)
+        return corpus.read(self.corpus_file, rows)
 
     @property
     def packages(self) -> Sequence[Package]:

@@ -91,10 +91,13 @@ class AsyncClient:
     rollback = _method(operation_calls.rollback)
     models = _method(operation_calls.models)
     register_model = _method(operation_calls.register_model)
+    set_traffic = _method(operation_calls.set_traffic)
     promote_model = _method(operation_calls.promote_model)
     rollback_model = _method(operation_calls.rollback_model)
     cluster = _method(operation_calls.cluster)
     cache_stats = _method(operation_calls.cache_stats)
+    hot_keys = _method(operation_calls.hot_keys)
+    warm_cache = _method(operation_calls.warm_cache)
 
     async def scan(
         self,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfort.commands import cluster, collections, documents, jobs, load, models, queries, service
+from ringfort.commands import cluster, collections, documents, jobs, load, models, observe, queries, service
 from ringfort.version import __version__
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -25,7 +25,7 @@ app = typer.Typer(
 cluster_app = typer.Typer(help="Look at the service itself, and change its shards.", no_args_is_help=True)
 
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
-    "Run": (service.up, service.demo),
+    "Run": (service.up, service.demo, observe.top, observe.profile),
     "Search": (queries.search, queries.recommend, queries.embed),
     "Collections": (collections.collections, collections.create),
     "Documents": (load.load, documents.count, documents.get, documents.scan, documents.delete),
@@ -41,20 +41,21 @@ for _command in (
     cluster.set_replicas,
 ):
     cluster_app.command()(_command)
+cluster_app.command(name="hot-keys")(cluster.hot_keys)
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Run")
 jobs_app = typer.Typer(help="Long operations.", no_args_is_help=True)
 jobs_app.command(name="list")(jobs.show)
 for _command in (jobs.watch, jobs.cancel):
     jobs_app.command()(_command)
 app.add_typer(jobs_app, name="jobs", rich_help_panel="Run")
-models_app = typer.Typer(help="Build, register and promote embedding models.", no_args_is_help=True)
+models_app = typer.Typer(help="Build, register and promote models, and rankers.", no_args_is_help=True)
 # Its options are those of the builder, which prints its own help.
 models_app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
 )(models.build)
 models_app.command(name="list")(models.show)
-for _command in (models.register, models.promote, models.rollback):
+for _command in (models.register, models.traffic, models.promote, models.rollback):
     models_app.command()(_command)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
 

@@ -90,10 +90,13 @@ class Client:
     rollback = _method(operation_calls.rollback)
     models = _method(operation_calls.models)
     register_model = _method(operation_calls.register_model)
+    set_traffic = _method(operation_calls.set_traffic)
     promote_model = _method(operation_calls.promote_model)
     rollback_model = _method(operation_calls.rollback_model)
     cluster = _method(operation_calls.cluster)
     cache_stats = _method(operation_calls.cache_stats)
+    hot_keys = _method(operation_calls.hot_keys)
+    warm_cache = _method(operation_calls.warm_cache)
 
     def scan(
         self,

@@ -352,16 +352,41 @@ def cache(answer: pb.CacheStatsResponse) -> RenderableType:
             size(tier.bytes),
             *(f"{count:,}" for count in (tier.evictions, tier.errors)),
         )
-    line = f"{answer.superseded:,} superseded by writes · {answer.stampedes_avoided:,} stampedes avoided"
-    return Group(table, Text(line, style="dim"))
+    told = [
+        f"{answer.superseded:,} superseded by writes",
+        f"{answer.stampedes_avoided:,} stampedes avoided",
+        f"{answer.refreshed_early:,} refreshed early",
+    ]
+    lines = [Text(" · ".join(told), style="dim")]
+    for tier in answer.tiers:
+        if tier.eviction_storms or tier.removed:
+            lost = f"{tier.name}: {tier.eviction_storms:,} eviction storms, {tier.removed:,} keys removed"
+            lines.append(Text(f"{lost} ({tier.purges:,} purges)", style="yellow"))
+    return Group(table, *lines)
+
+
+def hot_keys(answer: pb.HotKeysResponse) -> RenderableType:
+    """Hot keys, most asked for first."""
+    if not answer.keys:
+        return Text("nothing is asked for often", style="dim")
+    table = _table()
+    table.add_column("key", style="bold")
+    for column in ("kind", "collection"):
+        table.add_column(column)
+    for column in ("share", "reads"):
+        table.add_column(column, justify="right")
+    for key in answer.keys:
+        table.add_row(key.key, key.kind, key.collection or "–", f"{key.share:.1%}", f"{key.count:,}")
+    return table
 
 
 def models(versions: Iterable[pb.Model]) -> RenderableType:
     """Versions of models and what they are, a row each."""
     table = _table()
     table.add_column("model", style="bold")
-    for column in ("state", "precision"):
-        table.add_column(column)
+    table.add_column("state")
+    table.add_column("traffic", justify="right")
+    table.add_column("precision")
     for column in ("dimension", "tokens"):
         table.add_column(column, justify="right")
     for column in ("space", "variant", "registered"):
@@ -370,10 +395,11 @@ def models(versions: Iterable[pb.Model]) -> RenderableType:
         table.add_row(
             f"{model.name}@{model.version}",
             state(pb.Model.State.Name(model.state).lower()),
-            model.precision,
-            str(model.dim),
+            f"{model.traffic_percent}%" if model.traffic_percent else "–",
+            model.precision or pb.Model.Kind.Name(model.kind).lower(),
+            str(model.dim or "–"),
             str(model.max_tokens or "–"),
-            model.space,
+            model.space or "–",
             model.variant,
             model.registered_at.ToDatetime().strftime("%Y-%m-%d %H:%M")
             if model.HasField("registered_at")

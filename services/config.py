@@ -126,6 +126,19 @@ class IndexSettings(Section):
     replicas: int = Field(1, ge=1)
 
 
+class TelemetrySettings(Section):
+    """What the service tells of itself."""
+
+    #: Counts and times of calls and stages in /metrics.
+    metrics: bool = True
+    #: At most so often an answered vector query is repeated exactly and the recall exported; 0 is never.
+    recall_audit_s: float = Field(0.0, ge=0)
+    #: Where traces go, by OTLP over gRPC, such as http://127.0.0.1:4317; needs the extra `otel`.
+    otlp: str | None = None
+    #: Share of the calls traced that do not come with a decision of their caller's.
+    trace_share: float = Field(1.0, ge=0, le=1)
+
+
 class ClusterSettings(Section):
     """How the parts are spread over processes and machines (`up --cluster`)."""
 
@@ -161,6 +174,7 @@ class Config(BaseSettings):
     cache: CacheSettings = CacheSettings()
     metadata: MetadataSettings = MetadataSettings()
     index: IndexSettings = IndexSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     cluster: ClusterSettings = ClusterSettings()
 
 

@@ -35,6 +35,8 @@ from services.gateway.http import Http, listen
 from services.gateway.ingest import Ingest
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
+from services.gateway.rankers import Rankers
+from services.gateway.recall_audit import RecallAudit
 from services.gateway.recommend import Recommend
 from services.gateway.resharder import Resharder
 from services.gateway.retrieval import Retrieval
@@ -52,6 +54,7 @@ from services.ranker.ranker import Ranker
 from services.shard.local_shards import LocalShards
 from services.supervisor import Supervisor
 from services.telemetry import Telemetry, log_to
+from services.tracing import Tracing, TracingUnavailable
 from shard_router import filters
 from shard_router.errors import RingfortError
 
@@ -100,12 +103,14 @@ class Embedded:
         await supervisor.end_orphans()
         store, redis_url, manifest = await self._foundations(supervisor, data_dir)
         await self._spread(store, data_dir)
-        telemetry = Telemetry()
+        telemetry = Telemetry(counting=self._config.telemetry.metrics)
+        tracing = self._tracing()
         cache = await self._cache(redis_url)
         embeddings = await self._embeddings(manifest, cache)
         models = self._models(embeddings, cache, data_dir)
         self._stack.push_async_callback(models.close)
-        model_service = ModelService(models, store.models, data_dir.models)
+        rankers = Rankers()
+        model_service = ModelService(models, rankers, store.models, data_dir.models)
         await model_service.open()
         catalog = await self._catalog(store, data_dir)
         resharder = Resharder(catalog)
@@ -115,12 +120,15 @@ class Embedded:
         self._stack.push_async_callback(ingest.close)
 
         answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
+        self._stack.push_async_callback(answers.close)
         ranker = Ranker()
         fanout = FanOut(random.Random())
-        retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits)
-        batch = BatchRetrieval(catalog, retrieval, models, fanout, answers, gateway.limits)
+        audit = RecallAudit(fanout, every_s=self._config.telemetry.recall_audit_s)
+        self._stack.push_async_callback(audit.close)
+        retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits, audit)
+        batch = BatchRetrieval(catalog, retrieval, fanout, answers, gateway.limits)
         recommend = Recommend(
-            catalog, retrieval, fanout, ranker, answers, gateway.limits,
+            catalog, retrieval, fanout, ranker, rankers, answers, gateway.limits,
             default_candidates=self._config.ranker.default_candidates,
         )  # fmt: skip
         embedding_service = EmbeddingService(models, self._config)
@@ -149,13 +157,17 @@ class Embedded:
             },
             telemetry,
             admission,
+            tracing,
         )
         for part, stats in (
             ("gateway", admission.stats), ("answers", answers.stats), ("cache", cache.stats),
             ("embedder", embeddings.embedder.stats), ("metadata", store.stats), ("shard", catalog.stats),
             ("models", models.stats), ("ranker", ranker.stats), ("supervisor", supervisor.stats),
+            ("recall", audit.stats),
         ):  # fmt: skip
             telemetry.parts.add(part, stats)
+        telemetry.parts.add_each("model", models.stats_of_each)
+        telemetry.parts.add_each("collection", catalog.stats_of_each)
 
         async def ready() -> str:
             try:
@@ -164,7 +176,7 @@ class Embedded:
                 return str(error)
             return ""
 
-        http = Http(gateway, embedding_service, search_service, telemetry, admission, ready)
+        http = Http(gateway, embedding_service, search_service, telemetry, admission, ready, tracing)
         serving = asyncio.create_task(http.serve(http_socket))
         self._stack.push_async_callback(_finish_http, http, serving)
         grpc_address = await server.start()
@@ -178,6 +190,17 @@ class Embedded:
         """Drain, then stop every part and every child; safe after a start that was cut short."""
         await self._stack.aclose()
         log.info("stopped")
+
+    def _tracing(self) -> Tracing | None:
+        settings = self._config.telemetry
+        if settings.otlp is None:
+            return None
+        try:
+            tracing = Tracing.otlp(settings.otlp, share=settings.trace_share, release=self._release)
+        except TracingUnavailable as error:
+            raise StartupError(str(error)) from None
+        self._stack.push_async_callback(tracing.close)
+        return tracing
 
     async def _spread(self, store: Store, data_dir: DataDir) -> None:
         """Bring up what runs beside this process: nothing here."""

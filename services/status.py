@@ -1,6 +1,7 @@
 """Errors on the wire: canonical gRPC codes with google.rpc details.
 
-`BadRequest` names the field, `RetryInfo` says when to come back, `ErrorInfo.reason` is the error class.
+`BadRequest` names the field, `RetryInfo` says when to come back, `ErrorInfo.reason` is the error class, and
+`RequestInfo.request_id` is the trace-id of a traced call.
 Source: https://google.aip.dev/193.
 """
 
@@ -11,6 +12,7 @@ import msgspec
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from services.trace import current_id
 from shard_router import errors
 
 DOMAIN = "ringfort"
@@ -77,6 +79,8 @@ def details_of(error: errors.RingfortError) -> status_pb2.Status:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(error.retry_after_ms)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if trace_id := current_id():
+        details.append(error_details_pb2.RequestInfo(request_id=trace_id))
     for detail in details:
         part = any_pb2.Any()
         part.Pack(detail)

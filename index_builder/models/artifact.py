@@ -67,21 +67,31 @@ def fetch(url: str, models: Path) -> ModelManifest:
     return ModelManifest.load(target)
 
 
+def read(url: str) -> bytes:
+    """The bytes of a manifest's file at an address, as far as a manifest goes; ArtifactRefused."""
+    return _read(url)[2]
+
+
 def _manifest(url: str) -> tuple[Any, str, bytes]:
     """The file system of an address, its path there, and the bytes of its manifest."""
+    files, path, data = _read(f"{url}/{MANIFEST_FILE}")
+    return files, path.removesuffix(f"/{MANIFEST_FILE}"), data
+
+
+def _read(url: str) -> tuple[Any, str, bytes]:
     # A service that fetches nothing need not wait for it.
     import fsspec
 
     try:
-        files, root = fsspec.core.url_to_fs(url)
+        files, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ArtifactRefused(f"{url}: {error}") from None
     try:
-        with files.open(f"{root}/{MANIFEST_FILE}", "rb") as file:
+        with files.open(path, "rb") as file:
             data: bytes = file.read(MANIFEST_BYTES)
     except OSError as error:
-        raise ArtifactRefused(f"{url}/{MANIFEST_FILE}: {error.strerror or 'is not there'}") from None
-    return files, root, data
+        raise ArtifactRefused(f"{url}: {error.strerror or 'is not there'}") from None
+    return files, path, data
 
 
 def _copy(files: Any, path: str, target: Path) -> str:

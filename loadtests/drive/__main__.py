@@ -145,17 +145,18 @@ def _stage(
     with scratch(BUILD / "drive") as directory:
         here = Path(directory)
 
-        def prepared(server: str) -> driver.Stage:
+        def prepared(server: str, http: str) -> driver.Stage:
             return driver.prepare(
-                server, scenario, corpus_file=options.corpus, documents=options.documents, directory=here
-            )
+                server, scenario, corpus_file=options.corpus, documents=options.documents, directory=here,
+                http=http,
+            )  # fmt: skip
 
         if options.server:
-            yield prepared(options.server), None
+            yield prepared(options.server, options.http), None
             return
         ensure_model(options.models)
         with House(options.models, here) as house:
-            yield prepared(house.grpc), house.fault
+            yield prepared(house.grpc, house.http), house.fault
 
 
 def _interruptible(
@@ -274,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(do=do)
         command.add_argument("scenario", help="a shipped scenario's name, or a YAML file")
         command.add_argument("--server", metavar="HOST:PORT", help="a running service, in place of our own")
+        command.add_argument(
+            "--http", metavar="HOST:PORT", default="", help="its metrics, for the times of its stages"
+        )
         command.add_argument("--rate", type=float, help="calls a second, in place of the scenario's")
         command.add_argument("--seconds", type=float)
         command.add_argument("--processes", type=int)

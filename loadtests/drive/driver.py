@@ -23,6 +23,8 @@ from loadtests.drive.tally import OK, Tallies
 from loadtests.drive.worker import Plan
 from ringfort import Client
 from ringfort.errors import NotFound
+from ringfort.scrape import Between, fetch
+from ringfort.top import told
 
 _ROOT = Path(__file__).parents[2]
 #: Until all processes have read their corpus and connected.
@@ -51,9 +53,19 @@ class Stage:
     vectors: Path
     #: What the service says of itself.
     service: Mapping[str, object]
+    #: HOST:PORT of its metrics, where that is known.
+    http: str = ""
 
 
-def prepare(server: str, scenario: Scenario, *, corpus_file: Path, documents: int, directory: Path) -> Stage:
+def prepare(
+    server: str,
+    scenario: Scenario,
+    *,
+    corpus_file: Path,
+    documents: int,
+    directory: Path,
+    http: str = "",
+) -> Stage:
     """A collection with these documents, made where there is none, and their vectors in a file.
 
     The documents that calls are about, the first `population`, are embedded by the service itself.
@@ -86,7 +98,7 @@ def prepare(server: str, scenario: Scenario, *, corpus_file: Path, documents: in
         "documents": documents,
         "space": made.space,
     }
-    return Stage(server, corpus_file, path, service)
+    return Stage(server, corpus_file, path, service, http)
 
 
 async def run(
@@ -102,6 +114,7 @@ async def run(
 
     `fault` lets a fault happen, and returns when it is over.
     """
+    before = await asyncio.to_thread(fetch, stage.http) if stage.http else None
     begin_s = time.monotonic() + _HEAD_START_S
     counted_s = begin_s + scenario.warm_up_s
     processes = [
@@ -146,7 +159,10 @@ async def run(
     seconds = scenario.seconds
     if stop is not None and stop.is_set():
         seconds = min(seconds, max(0.0, time.monotonic() - counted_s))
-    return Measured(label, scenario, tallies, seconds, faults)
+    stages: Mapping[str, Mapping[str, float]] = {}
+    if before is not None:
+        stages = _stages(Between(before, await asyncio.to_thread(fetch, stage.http)))
+    return Measured(label, scenario, tallies, seconds, faults, stages)
 
 
 async def ramp(
@@ -178,6 +194,18 @@ async def ramp(
             at = msgspec.structs.replace(plain, rate=found * share)
             runs.append(await run(stage, at, label=label, progress=progress(label), stop=stop))
     return steps, runs
+
+
+def _stages(between: Between) -> dict[str, dict[str, float]]:
+    """What the service says of its stages meanwhile, warm-up included."""
+    return {
+        each["stage"]: {
+            "count": each["per_s"] * between.seconds,
+            "p50_ms": each["p50_ms"],
+            "p99_ms": each["p99_ms"],
+        }
+        for each in told(between)["stages"]
+    }
 
 
 class _Process:

@@ -19,11 +19,13 @@ def embed(
     dimensions: int = 0,
     dtype: str = "F32",
     truncate: bool = False,
+    traffic_key: str = "",
 ) -> Call[pb.EmbedResponse, Vector]:
     """The vectors of the texts, or of encoded pictures by an image model, float32 [n, dim].
 
     `input_type` is QUERY or DOCUMENT; `dtype` is how they travel (F32, F16 or I8); `truncate` cuts texts
-    over the byte limit where they would be refused.
+    over the byte limit where they would be refused. Requests of one `traffic_key` (by default the first text)
+    meet the same version of a model while another is tried out.
     """
     if isinstance(texts, str):
         raise InvalidArgument("texts: a sequence of texts is needed, not one string", field="texts")
@@ -35,6 +37,7 @@ def embed(
         dimensions=dimensions,
         dtype=wire.enum_value(pb.DType, dtype, "dtype"),
         truncate=truncate,
+        traffic_key=traffic_key,
     )
     return Call("EmbeddingService/Embed", request, pb.EmbedResponse, _vectors)
 

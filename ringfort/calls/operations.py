@@ -1,7 +1,9 @@
 """Calls of the IndexService, the ModelService and the ClusterService; they answer the messages themselves."""
 
 from protos.ringfort import v1 as pb
+from ringfort import wire
 from ringfort.calls.call import Call, whole
+from ringfort.errors import InvalidArgument
 
 
 def reindex(
@@ -51,14 +53,27 @@ def models() -> Call[pb.ListModelsResponse, pb.ListModelsResponse]:
     return Call("ModelService/List", pb.ListModelsRequest(), pb.ListModelsResponse, whole)
 
 
-def register_model(artifact: str, *, name: str = "", version: str = "") -> Call[pb.Model, pb.Model]:
-    """Fetches, checks and registers a built model; it is staged, for requests that name its version.
+def register_model(
+    artifact: str, *, name: str = "", version: str = "", kind: str = "EMBEDDING"
+) -> Call[pb.Model, pb.Model]:
+    """Fetches, checks and registers a model; it is staged, for requests that name its version.
 
-    `artifact` is a directory of the service's host or a URL that it can read; `name` and `version`, where
-    they are given, have to be those of the model's manifest.
+    `artifact` is a directory of the service's host or a URL that it can read, with a built model; for
+    `kind` RANKER a JSON file with its name, version and features' weights. `name` and `version`, where
+    they are given, have to be those of the model itself.
     """
-    request = pb.RegisterModelRequest(name=name, version=version, artifact=artifact)
+    request = pb.RegisterModelRequest(
+        name=name, version=version, kind=wire.enum_value(pb.Model.Kind, kind, "kind"), artifact=artifact
+    )
     return Call("ModelService/Register", request, pb.Model, whole, repeatable=False)
+
+
+def set_traffic(name: str, version: str, percent: int) -> Call[pb.Model, pb.Model]:
+    """Sends a share of its name's traffic to a version, always the same keys; 0 ends that."""
+    if percent < 0:
+        raise InvalidArgument(f"percent: {percent} is less than 0", field="percent")
+    request = pb.SetTrafficRequest(name=name, version=version, percent=percent)
+    return Call("ModelService/SetTraffic", request, pb.Model, whole, repeatable=False)
 
 
 def promote_model(name: str, version: str) -> Call[pb.Model, pb.Model]:
@@ -68,7 +83,7 @@ def promote_model(name: str, version: str) -> Call[pb.Model, pb.Model]:
 
 
 def rollback_model(name: str) -> Call[pb.Model, pb.Model]:
-    """Makes the version live again that was so before."""
+    """Ends the canary of a name or, without one, makes the version live again that was so before."""
     request = pb.RollbackModelRequest(name=name)
     return Call("ModelService/Rollback", request, pb.Model, whole, repeatable=False)
 
@@ -100,3 +115,17 @@ def set_replicas(collection: str, replicas: int) -> Call[pb.Job, pb.Job]:
 def cache_stats() -> Call[pb.CacheStatsResponse, pb.CacheStatsResponse]:
     """What each tier of the cache holds and how often it was hit."""
     return Call("ClusterService/CacheStats", pb.CacheStatsRequest(), pb.CacheStatsResponse, whole)
+
+
+def hot_keys(*, limit: int = 0) -> Call[pb.HotKeysResponse, pb.HotKeysResponse]:
+    """What the cache is asked for most, by digest; 20 unless `limit` says otherwise."""
+    request = pb.HotKeysRequest(limit=limit)
+    return Call("ClusterService/HotKeys", request, pb.HotKeysResponse, whole)
+
+
+def warm_cache(
+    collection: str, *, limit: int = 0, rate: float = 0.0
+) -> Call[pb.WarmCacheResponse, pb.WarmCacheResponse]:
+    """Computes a collection's hot answers that are not in the cache: `limit` at most, `rate` a second."""
+    request = pb.WarmCacheRequest(collection=collection, limit=limit, rate=rate)
+    return Call("ClusterService/WarmCache", request, pb.WarmCacheResponse, whole, repeatable=False)

@@ -33,13 +33,15 @@ def search(
     min_coverage: float = 0.0,
     max_staleness_ms: int | None = None,
     cache: bool = True,
+    traffic_key: str = "",
 ) -> Call[pb.SearchResponse, SearchResult]:
     """The k best documents for a text, a vector (float32 [dim]) or a stored document, best first.
 
     `filter` is text (`downloads_rank < 500`) or a message; `effort` trades time for recall from 0 to 1, or
     `recall` names the share of the true nearest to expect; `exact` compares with every document;
     `read_after` waits for that write; `min_coverage` refuses an answer from fewer shards;
-    `max_staleness_ms` allows a cached answer that old, `cache=False` none.
+    `max_staleness_ms` allows a cached answer that old, `cache=False` none; requests of one `traffic_key`
+    (by default the text) meet the same versions of models while one is tried out.
     """
     if (text is not None) + (vector is not None) + (id is not None) != 1:
         raise InvalidArgument("query: exactly one of text, vector and id is needed", field="query")
@@ -56,6 +58,7 @@ def search(
         min_coverage=min_coverage,
         max_staleness_ms=max_staleness_ms,
         cache=_cache(cache),
+        traffic_key=traffic_key,
     )
     if text is not None:
         request.text = text
@@ -81,6 +84,7 @@ def batch_search(
     min_coverage: float = 0.0,
     max_staleness_ms: int | None = None,
     cache: bool = True,
+    traffic_key: str = "",
 ) -> Call[pb.BatchSearchResponse, BatchSearchResult]:
     """The k best ids for each of many texts, or of many vectors (float32 [n, dim]).
 
@@ -102,6 +106,7 @@ def batch_search(
         min_coverage=min_coverage,
         max_staleness_ms=max_staleness_ms,
         cache=_cache(cache),
+        traffic_key=traffic_key,
     )
     return Call("SearchService/BatchSearch", request, pb.BatchSearchResponse, BatchSearchResult)
 
@@ -129,13 +134,15 @@ def recommend(
     min_coverage: float = 0.0,
     max_staleness_ms: int | None = None,
     cache: bool = True,
+    traffic_key: str = "",
 ) -> Call[pb.RecommendResponse, SearchResult]:
     """The k best documents near those liked and away from those unliked: retrieved, ranked, diversified.
 
     An example is a document's id, a vector (float32 [dim]) or {"text": "…"}. `candidates` are retrieved
     (by default 100); `rank` weighs features (`similarity`, or a numeric or boolean attribute);
     `mmr_lambda` trades relevance (1) for diversity (0); `per_group` bounds the hits with one value of
-    `group_by`.
+    `group_by`. `ranker` is NAME or NAME@VERSION of a registered one; what `rank` weighs goes before its
+    weights.
     """
     request = pb.RecommendRequest(
         collection=collection,
@@ -157,6 +164,7 @@ def recommend(
         min_coverage=min_coverage,
         max_staleness_ms=max_staleness_ms,
         cache=_cache(cache),
+        traffic_key=traffic_key,
     )
     return Call("SearchService/Recommend", request, pb.RecommendResponse, SearchResult)
 

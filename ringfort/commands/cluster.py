@@ -1,4 +1,4 @@
-"""`cluster …`: what runs, and how many shards and replicas."""
+"""`cluster …`: what runs, what it is asked for most, and how many shards and replicas."""
 
 from typing import Annotated
 
@@ -30,6 +30,22 @@ def cache(server: Server = None, json: Json = False) -> None:
         terminal.print_json(answer)
     else:
         terminal.show(tables.cache(answer))
+
+
+def hot_keys(
+    limit: Annotated[int, typer.Option("-n", min=1, metavar="N", help="How many keys at most.")] = 20,
+    server: Server = None,
+    json: Json = False,
+) -> None:
+    """Show what the cache is asked for most, by digest: the questions themselves do not show."""
+    from ringfort import tables, terminal
+    from ringfort.calls.operations import hot_keys
+
+    answer = terminal.ask(server, hot_keys(limit=limit))
+    if json:
+        terminal.print_json(answer)
+    else:
+        terminal.show(tables.hot_keys(answer))
 
 
 def add_shard(

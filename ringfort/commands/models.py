@@ -1,4 +1,4 @@
-"""`models …`: embedding models, built here and registered with a service."""
+"""`models …`: embedding models, built here and registered with a service, and rankers."""
 
 import os
 import sys
@@ -21,6 +21,9 @@ def register(
     artifact: Annotated[
         str, typer.Argument(metavar="DIR|URL", help="A built model, where the service can read it.")
     ],
+    ranker: Annotated[
+        bool, typer.Option("--ranker", help="A ranker: its JSON file in place of a model's directory.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(metavar="NAME@VERSION", help="Refuse the model unless it is this one.")
     ] = None,
@@ -33,7 +36,8 @@ def register(
 
     address = artifact if "://" in artifact else os.path.abspath(artifact)
     model, version = _named(name) if name else ("", "")
-    answer = terminal.ask(server, register_model(address, name=model, version=version))
+    kind = "RANKER" if ranker else "EMBEDDING"
+    answer = terminal.ask(server, register_model(address, name=model, version=version, kind=kind))
     if json:
         terminal.print_json(answer)
     else:
@@ -50,6 +54,25 @@ def show(server: Server = None, json: Json = False) -> None:
         terminal.print_json(answer)
     else:
         terminal.show(tables.models(answer.models))
+
+
+def traffic(
+    version: Version,
+    percent: Annotated[
+        int, typer.Argument(min=0, max=100, metavar="PERCENT", help="Its share of the traffic; 0 ends it.")
+    ],
+    server: Server = None,
+    json: Json = False,
+) -> None:
+    """Try a version out beside the live one, on the same share of the keys every time."""
+    from ringfort import tables, terminal
+    from ringfort.calls.operations import set_traffic
+
+    answer = terminal.ask(server, set_traffic(*_named(version), percent))
+    if json:
+        terminal.print_json(answer)
+    else:
+        terminal.show(tables.models([answer]))
 
 
 def promote(version: Version, server: Server = None, json: Json = False) -> None:
@@ -69,7 +92,7 @@ def rollback(
     server: Server = None,
     json: Json = False,
 ) -> None:
-    """Return a name to the version that was live before."""
+    """End the canary of a name or, without one, return to the version that was live before."""
     from ringfort import tables, terminal
     from ringfort.calls.operations import rollback_model
 

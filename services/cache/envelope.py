@@ -5,6 +5,7 @@ with a default: an old reader passes over them, a new reader of old bytes takes 
 change takes a new version, which readers of the old one take for a miss.
 """
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -15,15 +16,17 @@ EMBEDDING_VERSION = 1
 
 
 class AnswerEntry(msgspec.Struct, frozen=True, array_like=True, tag=ANSWER_VERSION):
-    """A whole answer and what it was computed from: [version, positions, body, stored_at_ms].
+    """A whole answer and what it was computed from: [version, positions, body, stored_at_ms, cost_ms].
 
     `positions`: log_id -> a position that the answer certainly includes, read *before* the search.
     `body`: the serialized protobuf answer. `stored_at_ms`: wall clock when the positions were read.
+    `cost_ms`: how long it took to compute.
     """
 
     positions: dict[str, int]
     body: bytes
     stored_at_ms: int
+    cost_ms: int = 0
 
     def encode(self) -> bytes:
         """The entry as bytes."""
@@ -76,6 +79,28 @@ _answer_decoder = msgspec.msgpack.Decoder(AnswerEntry)
 _embedding_decoder = msgspec.msgpack.Decoder(EmbeddingEntry)
 
 
+#: A refresh begins so much before an answer may be served no more, where computing it takes less.
+LEAST_LEAD = 1 / 20
+
+
+def includes(entry: AnswerEntry, known: Mapping[str, int]) -> bool:
+    """Whether the answer includes all that is known, and of no other logs than those."""
+    return entry.positions.keys() == known.keys() and all(
+        entry.positions[log_id] >= position for log_id, position in known.items()
+    )
+
+
+def due(entry: AnswerEntry, now_ms: int, max_staleness_ms: int, chance: float) -> bool:
+    """Whether a superseded answer, still served, should be computed anew before it may be served no more.
+
+    The nearer that moment and the longer computing takes, the likelier, so that of many readers one begins
+    early enough for the others not to wait (Vattani, Chierichetti, Lowenstein: "Optimal probabilistic cache
+    stampede prevention", VLDB 2015, with beta 1). `chance`: uniform in [0, 1).
+    """
+    lead_ms = max(entry.cost_ms, max_staleness_ms * LEAST_LEAD)
+    return now_ms - entry.stored_at_ms - lead_ms * math.log(1.0 - chance) >= max_staleness_ms
+
+
 def fresh(
     entry: AnswerEntry,
     known: Mapping[str, int],
@@ -93,7 +118,7 @@ def fresh(
     """
     if entry.positions.keys() != known.keys():
         return False
-    if all(entry.positions[log_id] >= position for log_id, position in known.items()):
+    if includes(entry, known):
         return True
     since_ms = entry.stored_at_ms if superseded_at_ms is None else superseded_at_ms
     return 0 <= now_ms - since_ms <= max_staleness_ms and max_staleness_ms > 0

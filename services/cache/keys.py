@@ -8,10 +8,14 @@ may be able to make two texts that share a key.
 """
 
 import hashlib
+from typing import NamedTuple
 
 EMBEDDING_PREFIX = b"rf1:e:"
 ANSWER_PREFIX = b"rf1:a:"
 COPY_PREFIX = b"rf1+"
+#: Where gateways tell each other what is hot.
+HOT_KEYS = b"rf1:h"
+LEASE_PREFIX = b"rf1:l:"
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -51,6 +55,32 @@ def answer_key(
             options,
         )
     )
+
+
+def lease_key(key: bytes, position: int) -> bytes:
+    """The name of the right to compute what a key stands for, as of at least a position of the log."""
+    return LEASE_PREFIX + _digest(key, b"%d" % position)
+
+
+class Named(NamedTuple):
+    """What a key tells: `embedding` or `answer`, the answer's collection, and the digest of all the rest."""
+
+    kind: str
+    collection_uid: int | None
+    digest: str
+
+
+def named(key: bytes) -> Named | None:
+    """What a key tells of itself; None for what is no key of ours."""
+    try:
+        if key.startswith(EMBEDDING_PREFIX):
+            return Named("embedding", None, key[len(EMBEDDING_PREFIX) :].hex())
+        if key.startswith(ANSWER_PREFIX):
+            uid, digest = key[len(ANSWER_PREFIX) :].split(b":", 1)
+            return Named("answer", int(uid), digest.hex())
+    except ValueError:
+        pass
+    return None
 
 
 def copy_of(key: bytes, number: int) -> bytes:

@@ -8,12 +8,17 @@ and leaves main alone.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
 
 #: Uses beyond this count for no more, so that yesterday's hot key leaves in a few rounds.
 MAX_USES = 3
+#: Rounds of main that a pinned key is let stay, used or not, until it is pinned anew.
+PINNED_USES = 64
+#: A pinned entry is at most this part of the budget, so that all the keys called hot at a time are a quarter.
+PINNED_SHARE = 1 / 256
 #: Uses that carry a key from small to main.
 USES_TO_STAY = 2
 #: The small queue's part of the budget.
@@ -75,6 +80,11 @@ class S3Fifo(Generic[Value]):
             entry.uses += 1
         return entry.value
 
+    def look(self, key: bytes) -> Value | None:
+        """The value, or None; not a use."""
+        entry = self._main.get(key) or self._small.get(key)
+        return None if entry is None else entry.value
+
     def put(self, key: bytes, value: Value, size_bytes: int) -> None:
         """Hold the value in place of the key's last one; not a use.
 
@@ -102,6 +112,19 @@ class S3Fifo(Generic[Value]):
                 self._leave_small()
             else:
                 self._leave_main()
+
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """Keep those of the keys that are held through the next PINNED_USES rounds of main; not a use."""
+        for key in keys:
+            entry = self._main.get(key) or self._small.get(key)
+            if entry is None or entry.size_bytes > self.budget_bytes * PINNED_SHARE:
+                continue
+            entry.uses = PINNED_USES
+            if key in self._small:
+                del self._small[key]
+                self._small_bytes -= entry.size_bytes
+                self._main[key] = entry
+                self._main_bytes += entry.size_bytes
 
     def delete(self, key: bytes) -> bool:
         """Forget the key; False where it was not held."""
@@ -147,4 +170,4 @@ class S3Fifo(Generic[Value]):
         assert self.held_bytes <= self.budget_bytes, "over the budget"
         assert len(ghosts) <= len(self), "more ghosts than entries"
         entries = [*self._small.values(), *self._main.values()]
-        assert all(0 <= e.uses <= MAX_USES for e in entries), "uses out of range"
+        assert all(0 <= e.uses <= PINNED_USES for e in entries), "uses out of range"

@@ -5,6 +5,7 @@ MGETs, not more of them.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,6 +14,7 @@ from services.cache.background import start
 from services.cache.frame import unseal
 from services.cache.health import Health
 from services.cache.server import Server
+from services.telemetry import stage
 
 #: Keys of one MGET; more would hold up everyone behind it.
 MAX_BATCH_KEYS = 512
@@ -21,6 +23,8 @@ LANES = 2
 
 Values = Mapping[bytes, bytes]
 NOTHING: Values = {}
+
+_REDIS = stage("redis")
 
 
 class _Batch:
@@ -84,6 +88,14 @@ class Reads:
         if self._waiting_keys + len(keys) > self._max_pending:
             self.shed += len(keys)
             return NOTHING
+        began_s = time.perf_counter()
+        try:
+            return await self._joined(keys)
+        finally:
+            _REDIS.took(time.perf_counter() - began_s)
+
+    async def _joined(self, keys: Sequence[bytes]) -> Values:
+        """The values, of one batch or of several."""
         if len(keys) <= MAX_BATCH_KEYS:
             return await self._join(keys)
         waiters = [self._join(keys[i : i + MAX_BATCH_KEYS]) for i in range(0, len(keys), MAX_BATCH_KEYS)]

@@ -83,10 +83,11 @@ class RedisCluster:
         """As of any second tier."""
         if not (self._copy and self._hot):
             return await self._fetch(keys)
-        names = {copy_of(key, self._copy) if key in self._hot else key: key for key in keys}
-        values = {names[name]: value for name, value in (await self._fetch(list(names))).items()}
+        names = {key: copy_of(key, self._copy) if key in self._hot else key for key in keys}
+        found = await self._fetch(list(names.values()))
+        values = {key: found[name] for key, name in names.items() if name in found}
         # A gateway that does not know yet that a key is hot writes the key alone.
-        rest = [key for name, key in names.items() if name != key and key not in values]
+        rest = [key for key, name in names.items() if name != key and key not in values]
         return {**values, **await self._fetch(rest)} if rest else values
 
     async def _fetch(self, keys: Sequence[bytes]) -> Values:
@@ -111,12 +112,12 @@ class RedisCluster:
             if (node := self._node_of(name)) is not None:
                 node.offer(name, payload, ttl_s)
 
-    async def run(self, name: str, key: bytes, *arguments: Any) -> Any:
+    async def run(self, key: bytes, *command: Any) -> Any:
         """As of any second tier."""
         node = self._node_of(key)
         if node is None:
             raise RedisConnectionError("no server of the cluster is known to own the key's slot")
-        return await node.run(name, key, *arguments)
+        return await node.run(key, *command)
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """From now on these keys have copies in several slots."""

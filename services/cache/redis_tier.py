@@ -47,8 +47,8 @@ class SecondTier(Protocol):
     def offer(self, key: bytes, payload: bytes, ttl_s: float | None) -> None:
         """Queue one value to be written; `ttl_s` None keeps it until room is needed."""
 
-    async def run(self, name: str, key: bytes, *arguments: Any) -> Any:
-        """The reply to one command on a key, within op_timeout_ms; RedisError or OSError where it fails."""
+    async def run(self, key: bytes, *command: Any) -> Any:
+        """The reply to a command on that key, within op_timeout_ms; RedisError or OSError for none."""
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """These keys are asked for most, by all gateways together."""
@@ -115,9 +115,9 @@ class RedisTier:
         """As of any second tier."""
         self._writes.offer(key, payload, ttl_s)
 
-    async def run(self, name: str, key: bytes, *arguments: Any) -> Any:
+    async def run(self, key: bytes, *command: Any) -> Any:
         """As of any second tier."""
-        return await self._commands.run(name, key, *arguments)
+        return await self._commands.run(*command)
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """On one server they all lie together anyway."""
@@ -196,6 +196,9 @@ def described(stats: Mapping[str, float], state: str) -> dict[str, int | str]:
         "evictions": int(stats["redis_evictions_total"]),
         "errors": int(stats["redis_errors_total"] + stats["redis_timeouts_total"]),
         "state": state,
+        "eviction_storms": int(stats["redis_eviction_storms_total"]),
+        "removed": int(stats["redis_removed_total"]),
+        "purges": int(stats["redis_purges_total"]),
     }
 
 

@@ -10,7 +10,7 @@ from services.cache.redis_url import RedisUrl
 from services.cache.slots import Address
 from services.cache.survey import Numbers
 
-#: A command and its arguments; the key comes second.
+#: A command and its arguments.
 Command = tuple[Any, ...]
 
 

@@ -45,6 +45,8 @@ class Taken(NamedTuple):
 
     work: Tokenize | Infer | None
     late: Sequence[int]
+    #: Whether another worker would find work now, too.
+    more: bool
 
 
 @dataclass(slots=True)
@@ -133,8 +135,9 @@ class WaitingTexts:
             elif rows:
                 break
             else:
-                return Taken(self._batch(lead, now_s, late), late)
-        return Taken(Tokenize(rows) if rows else None, late)
+                batch = self._batch(lead, now_s, late)
+                return Taken(batch, late, self._lead(now_s, late) is not None)
+        return Taken(Tokenize(rows) if rows else None, late, self._lead(now_s, late) is not None)
 
     def _lead(self, now_s: float, late: list[int]) -> int | None:
         """The call with the least tag of those that are neither idle nor late; late ones before it go."""

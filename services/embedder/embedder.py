@@ -17,6 +17,7 @@ from index_builder.models.tokenizer import padded
 from services.deadline import Deadline
 from services.embedder.batching import Infer, Row, Tokenize, WaitingTexts
 from services.embedder.onnx_model import OnnxModel
+from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, EmbedderUnavailable, InvalidField, Overloaded, RingfortError
 
 COUNTERS = (
@@ -32,6 +33,8 @@ COUNTERS = (
 )
 
 log = logging.getLogger(__name__)
+
+_QUEUE, _TOKENIZE, _INFERENCE = stage("queue"), stage("tokenize"), stage("inference")
 
 
 class InputType(StrEnum):
@@ -161,7 +164,11 @@ class Embedder:
                     if self._calls.pop(number, None) is not None:
                         self._counts["abandoned_texts_total"] += call.left
                     self._waiting.drop(number)
-        return call.answer()
+        embedded = call.answer()
+        _QUEUE.took(embedded.queue_ms / 1e3, (embedded.tokenize_ms + embedded.inference_ms) / 1e3)
+        _TOKENIZE.took(embedded.tokenize_ms / 1e3, embedded.inference_ms / 1e3)
+        _INFERENCE.took(embedded.inference_ms / 1e3)
+        return embedded
 
     async def close(self) -> None:
         """Fail what waits, finish what runs, end the threads."""
@@ -217,12 +224,12 @@ class Embedder:
         """The next piece of work as soon as there is one; None once the embedder closes."""
         with self._changed:
             while True:
-                work, late = self._waiting.take(self._clock())
+                work, late, more = self._waiting.take(self._clock())
                 for number in late:
                     self._fail(number, DeadlineExceeded("embedder queue"))
+                if more:
+                    self._changed.notify()
                 if work is not None:
-                    if self._waiting.rows:
-                        self._changed.notify()
                     return work
                 if self._closed:
                     return None

@@ -40,8 +40,12 @@ class Admission:
         self.in_flight -= 1
 
     def stats(self) -> dict[str, float]:
-        """Calls under way, and calls refused at the door."""
-        return {"in_flight": self.in_flight, "refused_total": self.refused}
+        """Calls under way, how many may be, and calls refused at the door."""
+        return {
+            "in_flight": self.in_flight,
+            "in_flight_limit": self.max_in_flight,
+            "refused_total": self.refused,
+        }
 
     def _take(self, key: str, now_s: float) -> None:
         bucket = self._buckets.get(key)

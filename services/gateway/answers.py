@@ -5,19 +5,32 @@ An entry says which log position it certainly includes and is served only while 
 commits, never from Redis.
 """
 
+import asyncio
+import logging
+import random
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from protos.ringfort import v1 as pb
+from services import tasks
 from services.cache import keys
-from services.cache.envelope import AnswerEntry, fresh
+from services.cache.envelope import AnswerEntry, due, fresh, includes
 from services.cache.single_flight import SingleFlight
 from services.cache.tier import CacheTier
+from services.deadline import Deadline
 from services.gateway.catalog import Served
+from shard_router.errors import RingfortError
+
+log = logging.getLogger(__name__)
 
 TIERS = {"L1": pb.L1, "REDIS": pb.REDIS}
+#: Answers computed anew, before or after their time, behind the callers' backs; each within its own time.
+MAX_REFRESHES, REFRESH_TIMEOUT_S = 16, 30.0
+#: Questions remembered, those asked last; only hot ones are.
+MAX_HOT_QUESTIONS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +52,35 @@ class Cached:
     served_from: "pb.ServedFrom.ValueType"
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked: the name of its answer in a collection as it is served, and how that is computed.
+
+    Both say it of any generation of the collection, so that a question can be asked again of the next.
+    """
+
+    name: Callable[[Served], bytes]
+    compute: Callable[[Served, Deadline], Coroutine[Any, Any, Computed]]
+    min_coverage: float
+
+
 class Answers:
     """Serialized answers by what was asked."""
 
-    def __init__(self, cache: CacheTier, *, ttl_s: float) -> None:
+    def __init__(self, cache: CacheTier, *, ttl_s: float, rng: random.Random | None = None) -> None:
         self._cache = cache
         self._ttl_s = ttl_s
+        self._rng = rng or random.Random()
         self._flights = SingleFlight()
-        self._superseded = 0
+        #: By collection's uid and question's name, the hot ones; the one asked last at the end.
+        self._hot: OrderedDict[tuple[int, bytes], Question] = OrderedDict()
+        #: By name, those computed anew behind the callers' backs.
+        self._refreshing: dict[bytes, asyncio.Task[None]] = {}
+        self._superseded = self._refreshed = self._refreshes_failed = 0
+
+    async def close(self) -> None:
+        """Ends what goes on behind the callers' backs."""
+        await tasks.end(*self._refreshing.values())
 
     def key(self, served: Served, ranker_version: str, query: bytes, options: bytes) -> bytes:
         """The name of an answer: everything it depends on but the documents themselves."""
@@ -55,72 +89,164 @@ class Answers:
             c.uid, c.tenant, c.generation, c.schema_version, ranker_version, query, options
         )
 
-    async def get(self, served: Served, key: bytes, at_least: int, max_staleness_ms: int) -> Cached | None:
+    async def get(
+        self, served: Served, name: bytes, question: Question, at_least: int, max_staleness_ms: int
+    ) -> Cached | None:
         """The answer of that name, if one is kept and still good enough.
 
-        It includes the log up to position `at_least`, whatever staleness is allowed.
+        It includes the log up to position `at_least`, whatever staleness is allowed. One that soon could not
+        be served any more is computed anew, and nobody waits for that.
         """
-        value = self._cache.peek(key)
-        if value is not None:
-            return self._good(served, key, value, "L1", at_least, max_staleness_ms)
-        return (await self.get_many(served, [key], at_least, max_staleness_ms))[0]
+        if self._cache.is_hot(name):
+            self._remember(served, name, question)
+        tier = "L1"
+        value = self._cache.peek(name)
+        if value is None:
+            (found,) = await self._cache.get_many([name])
+            if found is None:
+                return None
+            value, tier = found
+        entry = self._good(served, name, value, at_least, max_staleness_ms)
+        if entry is None:
+            return None
+        if not includes(entry, _known(served)) and due(
+            entry, _now_ms(), max_staleness_ms, self._rng.random()
+        ):
+            self.refresh(served, question)
+        return Cached(entry.body, TIERS[tier])
 
     async def get_many(
         self, served: Served, names: Sequence[bytes], at_least: int, max_staleness_ms: int
     ) -> list[Cached | None]:
-        """The same for many, in order, with one read of each tier."""
-        return [
-            None
-            if found is None
-            else self._good(served, name, found.value, found.tier, at_least, max_staleness_ms)
-            for name, found in zip(names, await self._cache.get_many(names), strict=True)
-        ]
+        """The answers of those names that are kept and still good enough, in order, by one read of each tier.
+
+        They include the log up to position `at_least`, whatever staleness is allowed.
+        """
+        answers: list[Cached | None] = []
+        for name, found in zip(names, await self._cache.get_many(names), strict=True):
+            entry = found and self._good(served, name, found.value, at_least, max_staleness_ms)
+            answers.append(Cached(entry.body, TIERS[found.tier]) if found and entry else None)
+        return answers
 
     async def once(
-        self,
-        served: Served,
-        key: bytes,
-        min_coverage: float,
-        compute: Callable[[], Coroutine[Any, Any, Computed]],
-    ) -> Computed:
+        self, served: Served, name: bytes, question: Question, at_least: int, deadline: Deadline
+    ) -> Cached | Computed:
         """Compute an answer, or share the computation of an equal request that is under way; keep it.
 
         A computation is shared only between requests that know of the same writes, so nobody is handed an
         answer older than a write acknowledged before the request came, and that ask for the same coverage.
+        Where other gateways use the same Redis, one of them computes and the others wait for its answer.
         """
+        position = served.position
 
-        async def lead() -> Computed:
-            made = await compute()
-            self.keep(served, [(key, made)])
+        async def make() -> Cached | Computed:
+            made = await question.compute(served, deadline)
+            entry = self._entry(served, made)
+            if entry is None:
+                pass
+            elif self._cache.shared:
+                await self._cache.publish(name, entry, ttl_s=self._ttl_s)
+            else:
+                self._cache.put_many([(name, entry)], ttl_s=self._ttl_s)
             return made
 
-        return await self._flights.run((key, served.position, min_coverage), lead)
+        async def find() -> Cached | Computed | None:
+            value = await self._cache.look_behind(name)
+            entry = AnswerEntry.decode(value) if value is not None else None
+            # Nothing older will do: what was known when we asked has to be in it.
+            if entry is None or not includes(entry, {served.log_id: max(position, at_least)}):
+                return None
+            return Cached(entry.body, pb.REDIS)
+
+        async def lead() -> Cached | Computed:
+            if not self._cache.shared:
+                return await make()
+            lease = keys.lease_key(name, position)
+            return await self._cache.leases.run(lease, find, make, deadline)
+
+        return await self._flights.run((name, position, question.min_coverage), lead)
+
+    def refresh(self, served: Served, question: Question) -> bool:
+        """Compute an answer anew behind the callers' backs; False where that is under way or too much is."""
+        name = question.name(served)
+        if name in self._refreshing or len(self._refreshing) >= MAX_REFRESHES:
+            return False
+        refreshing = asyncio.create_task(self._refresh(served, name, question))
+        self._refreshing[name] = refreshing
+        refreshing.add_done_callback(lambda _: self._refreshing.pop(name))
+        return True
+
+    async def _refresh(self, served: Served, name: bytes, question: Question) -> None:
+        try:
+            await self.once(served, name, question, 0, Deadline.after(REFRESH_TIMEOUT_S))
+        except Exception as error:
+            self._refreshes_failed += 1
+            known = isinstance(error, RingfortError)
+            log.warning("an answer could not be computed anew: %s", error, exc_info=not known)
+        else:
+            self._refreshed += 1
+
+    def _remember(self, served: Served, name: bytes, question: Question) -> None:
+        asked = (served.collection.uid, name)
+        self._hot[asked] = question
+        self._hot.move_to_end(asked)
+        if len(self._hot) > MAX_HOT_QUESTIONS:
+            self._hot.popitem(last=False)
+
+    def hot_questions(self, uid: int) -> list[Question]:
+        """What a collection was asked while it was hot, the latest first."""
+        return [question for (of, _), question in reversed(self._hot.items()) if of == uid]
+
+    def holds(self, served: Served, question: Question) -> bool:
+        """Whether L1 has an exact answer; not a read."""
+        value = self._cache.held(question.name(served))
+        entry = AnswerEntry.decode(value) if value is not None else None
+        return entry is not None and includes(entry, _known(served))
 
     def keep(self, served: Served, answers: Sequence[tuple[bytes, Computed]]) -> None:
         """Keep the answers that may be kept."""
-        items = [
-            (key, AnswerEntry({served.log_id: made.position}, made.body, made.as_of_ms).encode())
-            for key, made in answers
-            if made.complete
-        ]
+        entries = [(name, self._entry(served, made)) for name, made in answers]
+        items = [(name, entry) for name, entry in entries if entry is not None]
         if items:
             self._cache.put_many(items, ttl_s=self._ttl_s)
 
+    @staticmethod
+    def _entry(served: Served, made: Computed) -> bytes | None:
+        """What is kept of an answer; None where it may not be."""
+        if not made.complete:
+            return None
+        cost_ms = max(0, _now_ms() - made.as_of_ms)
+        return AnswerEntry({served.log_id: made.position}, made.body, made.as_of_ms, cost_ms).encode()
+
     def _good(
-        self, served: Served, key: bytes, value: bytes, tier: str, at_least: int, max_staleness_ms: int
-    ) -> Cached | None:
+        self, served: Served, name: bytes, value: bytes, at_least: int, max_staleness_ms: int
+    ) -> AnswerEntry | None:
         entry = AnswerEntry.decode(value)
         if entry is None:
             return None
-        known = {served.log_id: served.position}
         seen = entry.positions.get(served.log_id, 0) >= at_least
-        if seen and fresh(entry, known, int(time.time() * 1000), max_staleness_ms):
-            return Cached(entry.body, TIERS[tier])
+        if seen and fresh(entry, _known(served), _now_ms(), max_staleness_ms):
+            return entry
         self._superseded += 1
         if max_staleness_ms == 0:
-            self._cache.drop(key)
+            self._cache.drop(name)
         return None
 
     def stats(self) -> dict[str, float]:
-        """Entries refused because a write had moved past them, and recomputes under way and avoided."""
-        return {"superseded_total": self._superseded, **self._flights.stats()}
+        """Entries refused because a write had moved past them; recomputes under way, avoided, early."""
+        return {
+            "superseded_total": self._superseded,
+            "refreshed_total": self._refreshed,
+            "refreshes_failed_total": self._refreshes_failed,
+            "refreshing": len(self._refreshing),
+            "hot_questions": len(self._hot),
+            **self._flights.stats(),
+        }
+
+
+def _known(served: Served) -> dict[str, int]:
+    return {served.log_id: served.position}
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

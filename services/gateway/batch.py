@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from index_builder.models.manifest import ModelManifest
 from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
@@ -13,7 +14,6 @@ from services.deadline import Deadline
 from services.gateway.answers import Answers, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
-from services.gateway.models import Models
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_mode, check_share
 from services.shard.rendering import RenderedHits
 from shard_router.errors import InvalidField
@@ -38,14 +38,12 @@ class BatchRetrieval:
         self,
         catalog: Catalog,
         retrieval: Retrieval,
-        models: Models,
         fanout: FanOut,
         answers: Answers,
         limits: Limits,
     ) -> None:
         self._catalog = catalog
         self._retrieval = retrieval
-        self._models = models
         self._fanout = fanout
         self._answers = answers
         self._limits = limits
@@ -62,15 +60,18 @@ class BatchRetrieval:
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
         queries = self._queries(served, request)
+        model = None
+        if not isinstance(queries, np.ndarray):
+            model = self._retrieval.model_for(served, request, queries[0])
         at_least = await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
         timings = pb.Timings()
         if request.cache == pb.BYPASS:
-            found = await self._search(served, request, queries, k, deadline, timings)
+            found = await self._search(served, request, model, queries, k, deadline, timings)
             response = _packed([(_ids(hits), hits.scores) for hits in found.hits], k)
             response.row_served_from.extend([pb.INDEX] * len(queries))
             asked, answered = found.asked, found.answered
         else:
-            names = self._names(served, request, queries, k)
+            names = self._names(served, request, self._retrieval.variant(served, model), queries, k)
             staleness_ms = self._retrieval.staleness(served, request)
             cached = await self._answers.get_many(served, names, at_least, staleness_ms)
             timings.cache_ms = (time.perf_counter() - began) * 1e3
@@ -79,7 +80,7 @@ class BatchRetrieval:
             asked = answered = len(served.shard_map.shards)
             if missing:
                 rest = queries if len(missing) == len(queries) else _picked(queries, missing)
-                found = await self._search(served, request, rest, k, deadline, timings)
+                found = await self._search(served, request, model, rest, k, deadline, timings)
                 asked, answered = found.asked, found.answered
                 made = [_computed(found, hits, timings) for hits in found.hits]
                 for i, computed in zip(missing, made, strict=True):
@@ -90,7 +91,7 @@ class BatchRetrieval:
             response.row_served_from.extend(tiers)
             if not missing:
                 response.served_from = pb.REDIS if pb.REDIS in tiers else pb.L1
-        self._retrieval.provenance(served, response)
+        self._retrieval.provenance(served, response, model)
         response.coverage.shards_asked, response.coverage.shards_answered = asked, answered
         timings.total_ms = (time.perf_counter() - began) * 1e3
         response.timings.CopyFrom(timings)
@@ -111,12 +112,14 @@ class BatchRetrieval:
         wire.check_rows(queries, kind, self._limits.max_batch_rows)
         return queries
 
-    def _names(self, served: Served, request: pb.BatchSearchRequest, queries: Queries, k: int) -> list[bytes]:
+    def _names(
+        self, served: Served, request: pb.BatchSearchRequest, variant: str, queries: Queries, k: int
+    ) -> list[bytes]:
         effort = wire.effort_from(request)
         options = msgspec.msgpack.encode(
             (
                 "batch", k, request.exact, effort.share, effort.recall,
-                request.filter.SerializeToString(), self._models.variant(served.collection),
+                request.filter.SerializeToString(), variant,
             )
         )  # fmt: skip
         told = [
@@ -128,6 +131,7 @@ class BatchRetrieval:
         self,
         served: Served,
         request: pb.BatchSearchRequest,
+        model: ModelManifest | None,
         queries: Queries,
         k: int,
         deadline: Deadline,
@@ -135,9 +139,10 @@ class BatchRetrieval:
     ) -> Found[RenderedHits]:
         filter = self._retrieval.conditions.checked(request.filter, served.collection)
         if not isinstance(queries, np.ndarray):
+            assert model is not None, "texts have a model"
             began = time.perf_counter()
             made = await self._retrieval.text_vectors(
-                served, queries, deadline, use_cache=request.cache != pb.BYPASS
+                served, model, queries, deadline, use_cache=request.cache != pb.BYPASS
             )
             queries = made.vectors
             timings.embed_ms = (time.perf_counter() - began) * 1e3

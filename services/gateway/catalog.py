@@ -8,7 +8,6 @@ Unavailable, not from the old log.
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -32,6 +31,8 @@ T = TypeVar("T")
 JOIN_S = 30.0
 #: How often it is looked whether something has to be opened anew; after a failure, with longer pauses.
 REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
+#: Figures of which the greatest is told, not the sum.
+_AGES = frozenset(("tail_age_s",))
 
 
 class Catalog:
@@ -189,11 +190,25 @@ class Catalog:
 
     def stats(self) -> dict[str, float]:
         """The copies' figures, added up over all collections."""
-        totals: Counter[str] = Counter()
+        totals: dict[str, float] = {}
         for served in self.all():
             for _, replica in served.copies():
-                totals.update(replica.stats())
-        return {"collections": len(self._by_name), **totals}
+                for name, value in replica.stats().items():
+                    known = totals.get(name, 0.0)
+                    totals[name] = max(known, value) if name in _AGES else known + value
+        lag = sum(served.lag_positions for served in self.all())
+        return {"collections": len(self._by_name), "lag_positions": lag, **totals}
+
+    def stats_of_each(self) -> dict[str, dict[str, float]]:
+        """Documents and lag of every collection, by its name and, where it is not the default's, tenant."""
+        told: dict[str, dict[str, float]] = {}
+        for served in self.all():
+            tenant, name = served.collection.tenant, served.collection.name
+            told[name if tenant == "default" else f"{tenant}/{name}"] = {
+                "documents": served.documents,
+                "lag_positions": served.lag_positions,
+            }
+        return told
 
     def _index(self, served: Served) -> None:
         collection = served.collection

@@ -17,6 +17,7 @@ from services.gateway.endpoints import ShardEndpoint
 from services.gateway.served import Served
 from services.shard.rendering import RenderedHits, RenderedRow
 from services.shard.replica import Hits, ShardAnswer
+from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, Unavailable
 from shard_router.fanout_plan import Ask, GiveUp, ShardQuestion, Wait, plan_fanout, stale_pause_s
 from shard_router.filters import Filter
@@ -25,6 +26,8 @@ from shard_router.model import Hit, Include, Version
 from shard_router.resharding import Copy
 
 log = logging.getLogger(__name__)
+
+_FANOUT, _MERGE = stage("fanout"), stage("merge")
 
 #: A method of a replica that searches.
 _Ask = Callable[..., Awaitable[ShardAnswer[Hits]]]
@@ -133,6 +136,9 @@ class FanOut:
             hits = good[0].hits
         else:
             hits = [merge([answer.hits[i] for answer in good], k) for i in range(len(queries))]
+        merge_s = time.perf_counter() - searched
+        _FANOUT.took(searched - began, merge_s)
+        _MERGE.took(merge_s)
         return Found(
             hits,
             min([answer.position for answer in good]),
@@ -140,7 +146,7 @@ class FanOut:
             asked,
             answered,
             (searched - began) * 1e3,
-            (time.perf_counter() - searched) * 1e3,
+            merge_s * 1e3,
             epoch,
         )
 

@@ -34,6 +34,8 @@ from services.gateway.admission import Admission
 from services.gateway.server import DEFAULT_TENANT, PortTaken, tenant_of
 from services.gateway.servicers import Call, EmbeddingService, SearchService
 from services.telemetry import Telemetry
+from services.trace import current_id
+from services.tracing import Tracing
 from shard_router.errors import InvalidField, NotFound, RingfortError, TooLarge
 
 log = logging.getLogger(__name__)
@@ -65,9 +67,11 @@ class Http:
         telemetry: Telemetry,
         admission: Admission,
         ready: Callable[[], Awaitable[str]],
+        tracing: Tracing | None = None,
     ) -> None:
         """`ready` says what is missing, or nothing."""
         self._settings = settings
+        self._tracing = tracing
         self._embedding = embedding
         self._search = search
         self._telemetry = telemetry
@@ -102,11 +106,12 @@ class Http:
     def _route(
         self, name: str, answer: Callable[[dict[str, Any], Call], Awaitable[dict[str, Any]]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        method = self._telemetry.methods.method(f"http_{name}")
+        method, tracing = self._telemetry.methods.method(f"http_{name}"), self._tracing
 
         async def route(request: Request) -> Response:
             began = time.perf_counter()
             code = grpc.StatusCode.OK
+            traced = None if tracing is None else tracing.begin(f"http_{name}", request.headers.items())
             try:
                 body = await self._body(request)
                 key, tenant = self._caller(request)
@@ -128,6 +133,8 @@ class Http:
                 return _error(code, "internal error; the server's log has the reason", "", "INTERNAL", None)
             finally:
                 method.ended(code.name, time.perf_counter() - began)
+                if traced is not None:
+                    traced.end(code.name)
 
         return route
 
@@ -300,4 +307,6 @@ def _error(
 ) -> JSONResponse:
     headers = {"retry-after": str(max(1, retry_after_ms // 1000))} if retry_after_ms is not None else None
     error = {"code": code.name, "message": message, "field": field, "reason": reason}
+    if trace_id := current_id():
+        error["trace_id"] = trace_id
     return JSONResponse({"error": error}, HTTP_STATUS.get(code, 500), headers)

@@ -6,6 +6,7 @@ document is written.
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ from services.gateway.catalog import Catalog, Served
 from services.gateway.committer import Committed, Committer
 from services.gateway.models import Models
 from services.gateway.streams import in_order
+from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, VersionConflict
 from shard_router.filters import Filter, check
 from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, Write, WriteOutcome
+
+_COMMIT, _VISIBLE = stage("commit"), stage("visible")
 
 Response = TypeVar("Response", pb.UpsertResponse, pb.PatchResponse)
 
@@ -307,13 +311,20 @@ class Ingest:
                 outcome.error.within(f"{checked.field}[{i}]")
         if refuse_all and outcomes[0].error is not None and all(o.error is not None for o in outcomes):
             raise outcomes[0].error
-        visible = checked.wait == pb.VISIBLE and await checked.served.wait_for(done.upto, deadline)
+        visible = False
+        if checked.wait == pb.VISIBLE:
+            began_s = time.perf_counter()
+            visible = await checked.served.wait_for(done.upto, deadline)
+            _VISIBLE.took(time.perf_counter() - began_s)
         token = wire.token_on_wire({checked.served.log_id: done.upto}) if done.upto else None
         return _Written(checked.ids, outcomes, visible, token)
 
     async def _wait(self, done: "asyncio.Future[Committed]", deadline: Deadline) -> Committed:
         """The commit goes on whatever becomes of its caller."""
+        began_s = time.perf_counter()
         try:
             return await asyncio.wait_for(asyncio.shield(done), deadline.require("the write queue"))
         except TimeoutError:
             raise DeadlineExceeded("the commit") from None
+        finally:
+            _COMMIT.took(time.perf_counter() - began_s)

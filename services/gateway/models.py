@@ -7,7 +7,7 @@ a bound on the bytes of their graphs; the one that was idle longest makes room f
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,8 @@ from services.embedder.embedder import InputType
 from services.embedder.images import EmbeddedImages
 from services.gateway.embeddings import Embeddings, Vectors
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint
-from services.metadata.models import ModelState, ModelVersion
+from services.gateway.traffic import Canary
+from services.metadata.models import ModelKind, ModelState, ModelVersion
 from shard_router.errors import (
     DeadlineExceeded,
     EmbedderUnavailable,
@@ -79,6 +80,9 @@ class Models:
         self._max_bytes = max_bytes
         #: By NAME@VERSION.
         self._registered: dict[str, Registered] = {}
+        #: By name.
+        self._live: dict[str, ModelManifest] = {}
+        self._canaries: dict[str, tuple[Canary, ModelManifest]] = {}
         #: By NAME@VERSION, the one used last at the end.
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -99,6 +103,8 @@ class Models:
         """These are the versions there are now."""
         known: dict[str, Registered] = {}
         for version in versions:
+            if version.kind is not ModelKind.EMBEDDING:
+                continue
             model = f"{version.name}@{version.version}"
             seen = self._registered.get(model)
             if seen is not None:
@@ -112,6 +118,16 @@ class Models:
                 continue
             known[model] = Registered(version, _placed(facts, self._directory))
         self._registered = known
+        self._live = {
+            each.version.name: each.manifest
+            for each in known.values()
+            if each.version.state is ModelState.LIVE
+        }
+        self._canaries = {
+            each.version.name: (Canary(model, each.version.traffic_percent), each.manifest)
+            for model, each in known.items()
+            if each.version.state is ModelState.CANARY
+        }
 
     def resolve(self, name: str, field: str = "model") -> ModelManifest:
         """The model of NAME@VERSION, the live version of NAME, or the default for no name at all.
@@ -122,18 +138,33 @@ class Models:
             return self.default
         if (found := self._registered.get(name)) is not None:
             return found.manifest
-        versions = [known for known in self._registered.values() if known.version.name == name]
-        for known in versions:
-            if known.version.state is ModelState.LIVE:
-                return known.manifest
+        if (live := self._live.get(name)) is not None:
+            return live
         if name == self.default.name:
             return self.default
-        if versions:
+        if any(known.version.name == name for known in self._registered.values()):
             raise PreconditionFailed(f"no version of model {name!r} is live: promote one, or name it in full")
         raise NotFound("model", name, field)
 
+    def routed(self, manifest: ModelManifest, tenant: str, key: bytes, *, dim: int = 0) -> ModelManifest:
+        """The canary beside a model, for the keys that are its share and at a length that both have.
+
+        Without one, and where the two are of different spaces, the model itself.
+        """
+        if (found := self._canaries.get(manifest.name)) is None:
+            return manifest
+        canary, other = found
+        return other if _stands_in(other, manifest, dim) and canary.takes(tenant, key) else manifest
+
+    def for_queries(self, collection: Collection, key: bytes) -> ModelManifest:
+        """What embeds a collection's queries of this key: its model, or the canary beside it; see `of`."""
+        return self.routed(self.of(collection), collection.tenant, key, dim=collection.dim)
+
     def of(self, collection: Collection) -> ModelManifest:
-        """The model of a collection; raises unless what it makes may be compared with what is stored."""
+        """The model of a collection: of the version it is bound to or, in the same space, the live one.
+
+        Raises unless what it makes may be compared with what is stored.
+        """
         if collection.model is None:
             raise PreconditionFailed(f"collection {collection.name!r} has no model: bring a vector")
         manifest = self._find(collection.model)
@@ -144,12 +175,12 @@ class Models:
         space = space_at(manifest, collection.dim)
         if collection.space != space:
             raise SpaceMismatch(space, collection.space)
-        return manifest
+        return self._current(manifest, collection.dim)
 
     def variant(self, collection: Collection) -> str:
         """How the collection's texts are embedded now; empty without a model, or where it is gone."""
         manifest = self._find(collection.model) if collection.model else None
-        return manifest.variant if manifest else ""
+        return self._current(manifest, collection.dim).variant if manifest else ""
 
     def check_texts(self, texts: Sequence[str], field: str, *, truncate: bool) -> list[str]:
         """Texts within the byte limit; see Embeddings."""
@@ -218,6 +249,11 @@ class Models:
             self.of(collection), texts, input_type, deadline, dim=collection.dim, use_cache=use_cache
         )
 
+    async def load(self, manifest: ModelManifest, deadline: Deadline) -> None:
+        """Have a model loaded before anybody waits for it; the errors of `embed`."""
+        if manifest.variant != self.default.variant:
+            await self._hold(manifest, deadline)
+
     async def close(self) -> None:
         """Give every model up but the default, which is its maker's."""
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
@@ -236,11 +272,22 @@ class Models:
             "evictions_total": self._evictions,
         }
 
+    def stats_of_each(self) -> dict[str, Mapping[str, float]]:
+        """What every loaded model of texts has done, by NAME@VERSION."""
+        loaded = {model: held.embeddings for model, held in self._held.items()}
+        every = {self.default.model: self._default, **loaded}
+        return {model: each.embedder.stats() for model, each in every.items() if each is not None}
+
     def _find(self, model: str) -> ModelManifest | None:
         if model == self.default.model:
             return self.default
         known = self._registered.get(model)
         return known.manifest if known else None
+
+    def _current(self, bound: ModelManifest, dim: int) -> ModelManifest:
+        """The live version of a model's name where it makes the same vectors, else the model."""
+        live = self._live.get(bound.name)
+        return live if live is not None and _stands_in(live, bound, dim) else bound
 
     async def _hold(self, manifest: ModelManifest, deadline: Deadline) -> _Held:
         """The loaded model; whoever comes first loads it, and a caller who leaves does not stop that."""
@@ -303,6 +350,11 @@ class Models:
                 self._evictions += 1
                 log.info("model given up model=%s", model)
                 await held.embedder.close()
+
+
+def _stands_in(other: ModelManifest, manifest: ModelManifest, dim: int) -> bool:
+    """Whether the vectors of two models, at a length, may be compared."""
+    return other.space == manifest.space and dim in (0, other.dim, *other.dimensions)
 
 
 def space_at(manifest: ModelManifest, dim: int) -> str:

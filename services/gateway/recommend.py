@@ -6,25 +6,30 @@ distance is L2, it is the liked examples' centre, moved half as far again from t
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from index_builder.models.manifest import ModelManifest
 from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
 from services.deadline import Deadline
-from services.gateway.answers import Answers, Computed
+from services.gateway.answers import Answers, Cached, Computed, Question
 from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
+from services.gateway.rankers import Chosen, Rankers
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
 from services.ranker.ranker import Ranked, Ranker
-from shard_router.errors import InvalidField, NotFound, NotImplementedHere
+from services.telemetry import stage
+from shard_router.errors import InvalidField, NotImplementedHere, PreconditionFailed
 from shard_router.model import Hit, Include, Metric
 
 UNLIKE_WEIGHT = 0.5
+_RANK = stage("rank")
 
 
 class Recommend:
@@ -36,6 +41,7 @@ class Recommend:
         retrieval: Retrieval,
         fanout: FanOut,
         ranker: Ranker,
+        rankers: Rankers,
         answers: Answers,
         limits: Limits,
         *,
@@ -45,6 +51,7 @@ class Recommend:
         self._retrieval = retrieval
         self._fanout = fanout
         self._ranker = ranker
+        self._rankers = rankers
         self._answers = answers
         self._limits = limits
         self._default_candidates = default_candidates
@@ -54,19 +61,31 @@ class Recommend:
         began = time.perf_counter()
         served = self._catalog.resolve(tenant, request.collection)
         self._check(served, request)
+        # Of a generation once: an answer is computed by the versions that its name tells.
+        asked_of = functools.cache(lambda served: self._asked(served, request))
+        asked_of(served)
         at_least = await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
-            made = await self._recommend(served, request, deadline)
+            made = await self._recommend(served, request, asked_of(served), deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
-        key = self._answers.key(served, self._ranker.version, _query_bytes(request), b"recommend")
-        staleness_ms = self._retrieval.staleness(served, request)
-        cached = await self._answers.get(served, key, at_least, staleness_ms)
-        if cached is not None:
-            return cached.body + _suffix(cached.served_from, began)
-        made = await self._answers.once(
-            served, key, request.min_coverage, lambda: self._recommend(served, request, deadline)
+        question = Question(
+            lambda served: self._name(served, request, asked_of(served)),
+            lambda served, deadline: self._recommend(served, request, asked_of(served), deadline),
+            request.min_coverage,
         )
-        return made.body + _suffix(pb.INDEX, began, made.timings)
+        name = question.name(served)
+        staleness_ms = self._retrieval.staleness(served, request)
+        found: Cached | Computed | None
+        found = await self._answers.get(served, name, question, at_least, staleness_ms)
+        if found is None:
+            found = await self._answers.once(served, name, question, at_least, deadline)
+        if isinstance(found, Cached):
+            return found.body + _suffix(found.served_from, began)
+        return found.body + _suffix(pb.INDEX, began, found.timings)
+
+    def _name(self, served: Served, request: pb.RecommendRequest, asked: "_Asked") -> bytes:
+        options = b"recommend" + self._retrieval.variant(served, asked.model).encode()
+        return self._answers.key(served, asked.ranker.version, _query_bytes(request), options)
 
     def _check(self, served: Served, request: pb.RecommendRequest) -> None:
         for name in ("user_features", "context_features"):
@@ -87,18 +106,34 @@ class Recommend:
         wire.effort_from(request.retrieve, "retrieve.")
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
-        if request.rank.ranker not in ("", self._ranker.name, self._ranker.version):
-            raise NotFound("ranker", request.rank.ranker, "rank.ranker")
         self._ranker.check(served.collection.schema, dict(request.rank.features), **_diversity(request))
 
-    async def _recommend(self, served: Served, request: pb.RecommendRequest, deadline: Deadline) -> Computed:
+    def _asked(self, served: Served, request: pb.RecommendRequest) -> "_Asked":
+        """The versions that answer a request, for as long as it takes."""
+        collection = served.collection
+        # Both canaries go by one key, but each has its own share of the keys.
+        key = request.traffic_key.encode() or request.like[0].SerializeToString()
+        ranker = self._rankers.resolve(request.rank.ranker, collection.tenant, key)
+        try:
+            self._ranker.check(collection.schema, ranker.weights)
+        except InvalidField as error:
+            name = collection.name
+            raise PreconditionFailed(f"ranker {ranker.model} does not fit {name!r}: {error}") from None
+        texts = (e.text for e in (*request.like, *request.unlike) if e.WhichOneof("kind") == "text")
+        text = next(texts, None)
+        model = None if text is None else self._retrieval.model_for(served, request, text)
+        return _Asked(ranker, {**ranker.weights, **request.rank.features}, model)
+
+    async def _recommend(
+        self, served: Served, request: pb.RecommendRequest, asked: "_Asked", deadline: Deadline
+    ) -> Computed:
         k = request.k if request.HasField("k") else DEFAULT_K
         timings = pb.Timings()
         began = time.perf_counter()
         use_cache = request.cache != pb.BYPASS
         like, unlike = await asyncio.gather(
-            self._examples(served, request.like, "like", deadline, use_cache=use_cache),
-            self._examples(served, request.unlike, "unlike", deadline, use_cache=use_cache),
+            self._examples(served, asked, request.like, "like", deadline, use_cache=use_cache),
+            self._examples(served, asked, request.unlike, "unlike", deadline, use_cache=use_cache),
         )
         taste = _taste(like, unlike, served.collection.metric)
         timings.embed_ms = (time.perf_counter() - began) * 1e3
@@ -107,9 +142,11 @@ class Recommend:
         candidates = found.hits[0]
         ranking = time.perf_counter()
         ranked: Ranked = await asyncio.to_thread(
-            self._ranker.rank, candidates, dict(request.rank.features), k=k, **_diversity(request)
+            self._ranker.rank, candidates, asked.weights, k=k, **_diversity(request)
         )
-        timings.rank_ms = (time.perf_counter() - ranking) * 1e3
+        rank_s = time.perf_counter() - ranking
+        _RANK.took(rank_s)
+        timings.rank_ms = rank_s * 1e3
         include = wire.include_from(request.include, request.HasField("include"))
         hits = []
         for place, index in enumerate(ranked.order):
@@ -121,7 +158,7 @@ class Recommend:
             served,
             pb.RecommendResponse(
                 hits=hits,
-                ranker=self._ranker.version,
+                ranker=asked.ranker.model,
                 coverage=pb.Coverage(shards_asked=found.asked, shards_answered=found.answered),
                 stages=[
                     pb.Stage(
@@ -133,6 +170,7 @@ class Recommend:
                     _diversify_stage(request, ranked),
                 ],
             ),
+            asked.model,
         )
         return Computed(response.SerializeToString(), found.position, found.as_of_ms, found.complete, timings)
 
@@ -163,6 +201,7 @@ class Recommend:
     async def _examples(
         self,
         served: Served,
+        asked: "_Asked",
         examples: Sequence[pb.Example],
         field: str,
         deadline: Deadline,
@@ -185,10 +224,13 @@ class Recommend:
                 raise InvalidField(f"{where}.vector.rows", f"{len(vector)} rows where one is meant")
             parts.append(vector)
         if by_kind["text"]:
+            assert asked.model is not None, "texts have a model"
             for where, example in by_kind["text"]:
                 self._retrieval.check_text(example.text, f"{where}.text")
             texts = [example.text for _, example in by_kind["text"]]
-            made = await self._retrieval.text_vectors(served, texts, deadline, use_cache=use_cache)
+            made = await self._retrieval.text_vectors(
+                served, asked.model, texts, deadline, use_cache=use_cache
+            )
             parts.append(made.vectors)
         return np.concatenate(parts)
 
@@ -217,6 +259,16 @@ def _keep_parts(hit: pb.Hit, include: Include) -> None:
         hit.ClearField("text")
     if not include.vector:
         hit.ClearField("vector")
+
+
+class _Asked(NamedTuple):
+    """What answers one request."""
+
+    ranker: Chosen
+    #: The ranker's, and what the request weighs itself before it.
+    weights: Mapping[str, float]
+    #: What embeds its texts; None where it has none.
+    model: ModelManifest | None
 
 
 class _Diversity(TypedDict):

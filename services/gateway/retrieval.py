@@ -14,18 +14,21 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from index_builder.models.manifest import ModelManifest
 from index_builder.segments.index_spec import Effort
 from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
-from services.gateway.answers import Answers, Computed
+from services.gateway.answers import Answers, Cached, Computed, Question
 from services.gateway.catalog import Catalog, Served
 from services.gateway.conditions import Conditions
 from services.gateway.embeddings import Vectors
 from services.gateway.fanout import FanOut
 from services.gateway.models import Models
+from services.gateway.recall_audit import RecallAudit
+from services.telemetry import stage
 from shard_router.errors import (
     DeadlineExceeded,
     InvalidField,
@@ -37,6 +40,7 @@ from shard_router.errors import (
 log = logging.getLogger(__name__)
 
 DEFAULT_K = 10
+_L1 = stage("l1")
 Request = pb.SearchRequest | pb.BatchSearchRequest | pb.RecommendRequest
 Response = TypeVar("Response", pb.SearchResponse, pb.BatchSearchResponse, pb.RecommendResponse)
 
@@ -53,8 +57,15 @@ class Retrieval:
     """The first stage: from a query to the nearest documents."""
 
     def __init__(
-        self, catalog: Catalog, models: Models, fanout: FanOut, answers: Answers, limits: Limits
+        self,
+        catalog: Catalog,
+        models: Models,
+        fanout: FanOut,
+        answers: Answers,
+        limits: Limits,
+        audit: RecallAudit,
     ) -> None:
+        self._audit = audit
         self._catalog = catalog
         self._models = models
         self._fanout = fanout
@@ -75,36 +86,79 @@ class Retrieval:
         effort = wire.effort_from(request)
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
+        # Of a generation once: an answer is computed by the variant that its name tells.
+        model_of = functools.cache(
+            lambda served: self.model_for(served, request, request.text) if kind == "text" else None
+        )
+        model = model_of(served)
         at_least = 0
         if request.HasField("read_after"):
             at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
-            made = await self._search(served, request, kind, k, effort, deadline)
+            made = await self._search(served, request, kind, model, k, effort, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
+        question = Question(
+            lambda served: self._name(served, request, kind, model_of(served), k, effort),
+            lambda served, deadline: self._search(
+                served, request, kind, model_of(served), k, effort, deadline
+            ),
+            request.min_coverage,
+        )
+        name = question.name(served)
+        staleness_ms = self.staleness(served, request)
+        found: Cached | Computed | None
+        found = await self._answers.get(served, name, question, at_least, staleness_ms)
+        cache_ms = 0.0
+        if isinstance(found, Cached) and found.served_from == pb.L1:
+            _L1.took(time.perf_counter() - began)
+        if found is None:
+            cache_ms = (time.perf_counter() - began) * 1e3
+            found = await self._answers.once(served, name, question, at_least, deadline)
+        if isinstance(found, Cached):
+            return found.body + _suffix(found.served_from, began, cache_ms=cache_ms)
+        return found.body + _suffix(pb.INDEX, began, found.timings, cache_ms)
+
+    def _name(
+        self,
+        served: Served,
+        request: pb.SearchRequest,
+        kind: str,
+        model: ModelManifest | None,
+        k: int,
+        effort: Effort,
+    ) -> bytes:
         options = msgspec.msgpack.encode(
             (
                 "search", k, request.exact, effort.share, effort.recall,
                 request.filter.SerializeToString(), request.HasField("include"),
-                request.include.SerializeToString(), self._models.variant(served.collection),
+                request.include.SerializeToString(), self.variant(served, model),
             )
         )  # fmt: skip
-        key = self._answers.key(served, "", _query_bytes(request, kind), options)
-        cached = await self._answers.get(served, key, at_least, self.staleness(served, request))
-        if cached is not None:
-            return cached.body + _suffix(cached.served_from, began)
-        cache_ms = (time.perf_counter() - began) * 1e3
-        made = await self._answers.once(
-            served, key, request.min_coverage,
-            lambda: self._search(served, request, kind, k, effort, deadline),
-        )  # fmt: skip
-        return made.body + _suffix(pb.INDEX, began, made.timings, cache_ms)
+        return self._answers.key(served, "", _query_bytes(request, kind), options)
+
+    def model_for(self, served: Served, request: Request, text: str) -> ModelManifest:
+        """What embeds a request's texts, of which `text` is the first; a mismatch of spaces is refused.
+
+        A canary takes its share by the request's own key, or by this text where it names none.
+        """
+        return self._models.for_queries(served.collection, (request.traffic_key or text).encode())
+
+    def variant(self, served: Served, model: ModelManifest | None) -> str:
+        """How the request's texts are embedded, or, where it has none, how the collection's are."""
+        return model.variant if model else self._models.variant(served.collection)
 
     async def text_vectors(
-        self, served: Served, texts: Sequence[str], deadline: Deadline, *, use_cache: bool = True
+        self,
+        served: Served,
+        model: ModelManifest,
+        texts: Sequence[str],
+        deadline: Deadline,
+        *,
+        use_cache: bool = True,
     ) -> Vectors:
-        """Checked query texts in the collection's space; a mismatch of spaces is refused."""
-        return await self._models.embed_for(
-            served.collection, texts, InputType.QUERY, deadline, use_cache=use_cache
+        """Checked query texts in the collection's space, by a model that `model_for` gave."""
+        return await self._models.embed(
+            model, texts, InputType.QUERY, deadline, dim=served.collection.dim, use_cache=use_cache
         )
 
     async def document_vectors(
@@ -157,27 +211,34 @@ class Retrieval:
             return request.max_staleness_ms
         return served.collection.max_staleness_ms
 
-    def provenance(self, served: Served, response: Response) -> Response:
+    def provenance(self, served: Served, response: Response, model: ModelManifest | None) -> Response:
         """The response, told what it was computed from."""
         collection = served.collection
         response.generation = collection.generation
         response.space = collection.space
-        response.variant = self._models.variant(collection)
+        response.variant = self.variant(served, model)
         response.epoch = served.state.epoch
         return response
 
     async def _search(
-        self, served: Served, request: pb.SearchRequest, kind: str, k: int, effort: Effort, deadline: Deadline
+        self,
+        served: Served,
+        request: pb.SearchRequest,
+        kind: str,
+        model: ModelManifest | None,
+        k: int,
+        effort: Effort,
+        deadline: Deadline,
     ) -> Computed:
         timings = pb.Timings()
         collection = served.collection
         filter = self.conditions.checked(request.filter, collection) if request.HasField("filter") else None
         exclude: frozenset[str] = frozenset()
-        if kind == "text":
+        if model is not None:
             self.check_text(request.text, "text")
             began = time.perf_counter()
             use_cache = request.cache != pb.BYPASS
-            made = await self.text_vectors(served, [request.text], deadline, use_cache=use_cache)
+            made = await self.text_vectors(served, model, [request.text], deadline, use_cache=use_cache)
             queries = made.vectors
             timings.embed_ms = (time.perf_counter() - began) * 1e3
             timings.queue_ms, timings.tokenize_ms = made.queue_ms, made.tokenize_ms
@@ -200,11 +261,13 @@ class Retrieval:
             deadline=deadline,
             exclude=exclude,
         )  # fmt: skip
+        if kind == "vector" and not request.exact:
+            self._audit.offer(served, queries, k, filter, found)
         timings.search_ms, timings.merge_ms = found.search_ms, found.merge_ms
         body = found.hits[0].body() + _provenance(
             collection.generation,
             collection.space,
-            self._models.variant(collection),
+            self.variant(served, model),
             found.epoch,
             found.asked,
             found.answered,

@@ -117,6 +117,20 @@ class Served:
                 position = max(position, replica.position)
         return position
 
+    @property
+    def lag_positions(self) -> int:
+        """How far behind the log that is known of the slowest copy is."""
+        position = self.position
+        return position - min((replica.position for _, replica in self.copies()), default=position)
+
+    @property
+    def documents(self) -> int:
+        """How many documents its shards have, each counted at the copy that has most."""
+        return sum(
+            max((int(replica.describe()["documents"]) for replica in replicas.values()), default=0)
+            for replicas in self.replicas.values()
+        )
+
     def look(self) -> None:
         """There may be something new in the log."""
         for _, replica in self.copies():

@@ -34,6 +34,8 @@ from services.deadline import Deadline
 from services.gateway.admission import Admission
 from services.gateway.servicers import Call
 from services.telemetry import Telemetry
+from services.trace import current_id
+from services.tracing import Tracing
 from shard_router.errors import InvalidField, NotImplementedHere, RingfortError, Unauthenticated
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,9 @@ class Server:
         servicers: Mapping[str, object],
         telemetry: Telemetry,
         admission: Admission,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._settings = settings
         self._telemetry = telemetry
         self._admission = admission
@@ -131,7 +135,7 @@ class Server:
     def _unary(
         self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], Any]
     ) -> Callable[[bytes, Context], Any]:
-        method = self._telemetry.methods.method(name)
+        method, tracing = self._telemetry.methods.method(name), self._tracing
         default_s = self._settings.default_timeout_s
 
         # The hottest wrapper of all, so without a context manager of its own; `_streaming` does the same.
@@ -139,6 +143,7 @@ class Server:
             began = time.monotonic()
             code = "OK"
             entered = False
+            traced = None if tracing is None else tracing.begin(name, context.invocation_metadata() or ())
             try:
                 key, tenant = self._caller(context)
                 self._admission.enter(key, began)
@@ -157,13 +162,15 @@ class Server:
                 if entered:
                     self._admission.leave()
                 method.ended(code, time.monotonic() - began)
+                if traced is not None:
+                    traced.end(code)
 
         return unary
 
     def _streaming(
         self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], AsyncIterator[Any]]
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-        method = self._telemetry.methods.method(name)
+        method, tracing = self._telemetry.methods.method(name), self._tracing
 
         async def parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
             async for request in requests:
@@ -173,6 +180,7 @@ class Server:
             began = time.monotonic()
             code = "OK"
             entered = False
+            traced = None if tracing is None else tracing.begin(name, context.invocation_metadata() or ())
             try:
                 key, tenant = self._caller(context)
                 self._admission.enter(key, began)
@@ -195,6 +203,8 @@ class Server:
                 if entered:
                     self._admission.leave()
                 method.ended(code, time.monotonic() - began)
+                if traced is not None:
+                    traced.end(code)
 
         return streaming
 
@@ -204,7 +214,8 @@ class Server:
         if isinstance(error, RingfortError):
             return status.code_of(error), status.message_of(error), status.trailing_metadata(error)
         log.error("%s failed", name, exc_info=error)
-        return grpc.StatusCode.INTERNAL, "internal error; the server's log has the reason", ()
+        details = status.trailing_metadata(RingfortError("internal error")) if current_id() else ()
+        return grpc.StatusCode.INTERNAL, "internal error; the server's log has the reason", details
 
     def _caller(self, context: Context) -> tuple[str, str]:
         """The call's key and tenant; Unauthenticated where keys are asked for and none fits."""

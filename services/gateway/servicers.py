@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from index_builder.models.manifest import ModelManifest
 from protos.ringfort import v1 as pb
 from services import wire
+from services.cache import keys
 from services.cache.tier import CacheTier
 from services.config import Config
 from services.deadline import Deadline
@@ -47,6 +48,7 @@ JOB_STATES = {
     JobState.CANCELLED: pb.Job.CANCELLED,
 }
 MAX_SHARDS = 64
+DEFAULT_HOT_KEYS, MAX_HOT_KEYS = 20, 1_024
 MAX_REPLICAS = 64
 
 
@@ -68,6 +70,9 @@ class EmbeddingService:
     async def Embed(self, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
         began = time.perf_counter()
         manifest = self._models.resolve(request.model)
+        if "@" not in request.model:
+            key = request.traffic_key.encode() or _first(request)
+            manifest = self._models.routed(manifest, call.tenant, key, dim=request.dimensions)
         if request.images:
             return await self._embed_images(request, manifest, call, began)
         wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
@@ -151,6 +156,13 @@ class EmbeddingService:
             ranker="similarity",
             timings=pb.Timings(total_ms=(time.perf_counter() - began) * 1e3),
         )
+
+
+def _first(request: pb.EmbedRequest) -> bytes:
+    """The first text or picture of a request; nothing for an empty one."""
+    if request.texts:
+        return request.texts[0].encode()
+    return request.images[0] if request.images else b""
 
 
 class DocumentService:
@@ -390,6 +402,24 @@ class ClusterService:
             ],
         )
 
+    async def HotKeys(self, request: pb.HotKeysRequest, call: Call) -> pb.HotKeysResponse:
+        """Digests of what is the caller's; an embedding's tells its text to who guesses it."""
+        mine = {s.collection.uid: s.collection.name for s in self._catalog.of_tenant(call.tenant)}
+        alone = len(set(self._config.gateway.api_keys.values())) <= 1
+        limit = min(request.limit or DEFAULT_HOT_KEYS, MAX_HOT_KEYS)
+        hot = []
+        for each in self._cache.hot_keys(MAX_HOT_KEYS):
+            name = keys.named(each.key)
+            if name is None or not (alone if name.collection_uid is None else name.collection_uid in mine):
+                continue
+            collection = mine[name.collection_uid] if name.collection_uid is not None else ""
+            hot.append(
+                pb.HotKey(
+                    key=name.digest, kind=name.kind, share=each.share, count=each.count, collection=collection
+                )
+            )
+        return pb.HotKeysResponse(keys=hot[:limit])
+
     async def AddShard(self, request: pb.AddShardRequest, call: Call) -> pb.Job:
         served = self._catalog.resolve(call.tenant, request.collection)
         if len(served.state.shards) >= MAX_SHARDS:
@@ -407,11 +437,14 @@ class ClusterService:
         return job_message(await self._resharder.set_replicas(served, request.replicas))
 
     async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
-        answers = self._answers.stats()
+        answers, cache = self._answers.stats(), self._cache.stats()
+        avoided = answers["recomputes_avoided_total"] + cache["lease_recomputes_avoided_total"]
         return pb.CacheStatsResponse(
             tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
             superseded=int(answers["superseded_total"]),
-            stampedes_avoided=int(answers["recomputes_avoided_total"]),
+            stampedes_avoided=int(avoided),
+            refreshed_early=int(answers["refreshed_total"]),
+            gateways=1 + int(cache["other_gateways"]),
         )
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -12,11 +13,14 @@ from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.json import set_json_loads
 
+from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, Overloaded, StorageUnavailable
 
 log = logging.getLogger(__name__)
 
 Connection = psycopg.AsyncConnection[psycopg.rows.TupleRow]
+
+_POOL, _POSTGRES = stage("pool"), stage("postgres")
 
 #: Callers that may wait for a connection; beyond it they are refused.
 WAITING_LIMIT = 256
@@ -137,10 +141,16 @@ class Database:
         """
         limit_s = self._limit_s if left_s is None else min(left_s, self._limit_s)
         until_s = asyncio.get_running_loop().time() + limit_s
+        asked_s = time.perf_counter()
         with told_as_ours():
             async with self._pool.connection(timeout=min(limit_s, CONNECT_WAIT_S)) as connection:
-                async with asyncio.timeout_at(until_s):
-                    yield connection
+                lent_s = time.perf_counter()
+                _POOL.took(lent_s - asked_s)
+                try:
+                    async with asyncio.timeout_at(until_s):
+                        yield connection
+                finally:
+                    _POSTGRES.took(time.perf_counter() - lent_s)
 
     def stats(self) -> dict[str, float]:
         """The pool as it is now."""

@@ -100,11 +100,18 @@ ON CONFLICT (tenant, alias) DO UPDATE SET collection_uid = excluded.collection_u
 DELETE FROM aliases WHERE tenant = %(tenant)s AND alias = %(alias)s;
 
 -- models: every version of every model
-SELECT name, version, state, artifact, manifest, registered_at_us FROM models ORDER BY name, version;
+SELECT name, version, kind, state, traffic_percent, artifact, manifest, registered_at_us
+FROM models ORDER BY name, version;
+
+-- lock_models: be the only one who registers
+LOCK TABLE models IN SHARE ROW EXCLUSIVE MODE;
+
+-- model_kind: what the versions of a name do
+SELECT kind FROM models WHERE name = %(name)s LIMIT 1;
 
 -- register_model: a version that nobody uses yet, unless it is there
-INSERT INTO models (name, version, artifact, manifest)
-VALUES (%(name)s, %(version)s, %(artifact)s, %(manifest)s)
+INSERT INTO models (name, version, kind, artifact, manifest)
+VALUES (%(name)s, %(version)s, %(kind)s, %(artifact)s, %(manifest)s)
 ON CONFLICT (name, version) DO NOTHING
 RETURNING registered_at_us;
 
@@ -120,6 +127,14 @@ UPDATE models SET state = 'retired', promotion = NULL WHERE name = %(name)s AND 
 -- promote_model: a version becomes live, after all that were before
 UPDATE models SET state = 'live', promotion = nextval('model_promotions')
 WHERE name = %(name)s AND version = %(version)s;
+
+-- begin_canary: a version that is not live gets a share of the traffic
+UPDATE models SET state = 'canary', traffic_percent = %(percent)s
+WHERE name = %(name)s AND version = %(version)s;
+
+-- end_canary: the canary of a name, if there is one, is again what it was before
+UPDATE models SET state = CASE WHEN promotion IS NULL THEN 'staged' ELSE 'retired' END, traffic_percent = 0
+WHERE name = %(name)s AND state = 'canary';
 
 -- restore_model: a version becomes live again, in its old turn
 UPDATE models SET state = 'live' WHERE name = %(name)s AND version = %(version)s;

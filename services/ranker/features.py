@@ -1,11 +1,21 @@
 """Features that can be added up although their units differ: each as its percentile among the candidates."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 #: The feature that retrieval brings; used as it is.
 SIMILARITY = "similarity"
+#: Scores are float32: a heavier weight would drown every other feature, and overflow in the end.
+MAX_WEIGHT = 1e6
+
+
+def fault_of(weight: float) -> str | None:
+    """What is wrong with a feature's weight; None where nothing is."""
+    if not math.isfinite(weight):
+        return "the weight must be a finite number"
+    return f"the weight must be at most {MAX_WEIGHT:g}" if abs(weight) > MAX_WEIGHT else None
 
 
 def percentile(values: np.ndarray) -> np.ndarray:

@@ -1,19 +1,16 @@
 """The second stage of a recommendation: candidates in, the answer's order out."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from services.ranker.features import SIMILARITY, blend
+from services.ranker.features import SIMILARITY, blend, fault_of
 from services.ranker.scoring import group, mmr
 from shard_router.errors import InvalidField
 from shard_router.model import AttributeType, Hit, Schema
 
-#: Scores are float32: a heavier weight would drown every other feature, and overflow in the end.
-MAX_WEIGHT = 1e6
 #: Attributes that have an order to take percentiles of.
 _ORDERED = {AttributeType.INT, AttributeType.FLOAT, AttributeType.BOOL, AttributeType.TIMESTAMP}
 
@@ -58,10 +55,8 @@ class Ranker:
         """Refuses what `rank` cannot do, before any retrieval: InvalidField naming the request's field."""
         for name, weight in weights.items():
             field = f"rank.features.{name}"
-            if not math.isfinite(weight):
-                raise InvalidField(field, "the weight must be a finite number")
-            if abs(weight) > MAX_WEIGHT:
-                raise InvalidField(field, f"the weight must be at most {MAX_WEIGHT:g}")
+            if (fault := fault_of(weight)) is not None:
+                raise InvalidField(field, fault)
             if name == SIMILARITY:
                 continue
             if name not in schema:

@@ -67,7 +67,7 @@ class Follower:
         self._order = itertools.count()
         self._hint = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
-        self._written_at_s = time.monotonic()
+        self._written_at_s = self._read_at_s = time.monotonic()
         self._counts = dict.fromkeys(
             ("offers_applied", "offers_refused", "tail_reads", "recalled_rows", "backfilled_rows"), 0
         )
@@ -194,6 +194,7 @@ class Follower:
         return {
             **{f"{name}_total": count for name, count in self._counts.items()},
             "missing_positions": self.missing_positions,
+            "tail_age_s": time.monotonic() - self._read_at_s,
         }
 
     async def _follow(self) -> None:
@@ -294,6 +295,7 @@ class Follower:
         if self.down is not None:
             return None
         delta = await (self._tail(after) if slots is None else self._tail(after, slots))
+        self._read_at_s = time.monotonic()
         self._counts["tail_reads"] += 1
         if delta.log_id != self._log_id or delta.upto < delta.after:
             why = f"the log is {delta.log_id} at {delta.upto} now, it was {self._log_id}"

@@ -25,12 +25,15 @@ from services.shard.filter_cache import FilterCache
 from services.shard.rendering import RenderedHits, Rendering
 from services.shard.search_queue import Piece, SearchQueue
 from services.shard.views import Ranking, Snapshot, View
+from services.telemetry import stage
 from shard_router import filters
 from shard_router.errors import DeadlineExceeded, Overloaded, Unavailable
 from shard_router.filters import Filter
 from shard_router.model import Attributes, Hit, Include, Metric
 
 log = logging.getLogger(__name__)
+
+_FAISS = stage("faiss")
 
 _QUEUE_ROWS = 8192
 #: Smallest number of neighbours looked for; above it powers of two, so that like calls share a scan.
@@ -70,6 +73,8 @@ class _Search:
     #: By query.
     hits: list[Any] = field(default_factory=list)
     missing: int = 0
+    #: Of the batches that its queries were in, the longest.
+    searched_s: float = 0.0
 
 
 class Searches:
@@ -146,9 +151,11 @@ class Searches:
         if self._alarm is None or deadline.at_s < self._alarm_at_s:
             self._set_alarm(deadline.at_s, left_s)
         try:
-            return await search.answer
+            hits = await search.answer
         finally:
             del self._open[search]
+        _FAISS.took(search.searched_s)
+        return hits
 
     async def close(self) -> None:
         """Fail what waits, and return when no thread is searching."""
@@ -243,6 +250,7 @@ class Searches:
         self, pieces: Sequence[Piece[_Search]]
     ) -> tuple[Sequence[Piece[_Search]], list[Any], Exception | None]:
         """The pieces, and the hits of their rows or why there are none."""
+        searching_s = time.perf_counter()
         # Processor time: what others take meanwhile is no work of these.
         began_s = time.thread_time()
         try:
@@ -250,6 +258,9 @@ class Searches:
         except Exception as error:
             log.exception("a batch of %d searches failed", len(pieces))
             return pieces, [], error
+        searched_s = time.perf_counter() - searching_s
+        for piece in pieces:
+            piece.item.searched_s = max(piece.item.searched_s, searched_s)
         self._learn(pieces[0].item.kind, (time.thread_time() - began_s) * 1e3 / len(hits))
         return pieces, hits, None
 

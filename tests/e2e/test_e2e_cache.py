@@ -214,3 +214,16 @@ def test_the_cache_counts(rpc: Rpc, client: Client, filled: str) -> None:
     client.delete(filled, ids=["f0"])
     client.search(filled, text=TEXT)
     assert rpc.cluster.CacheStats(pb.CacheStatsRequest()).superseded > superseded
+
+
+def test_hot_keys_tell_what_is_asked_for_and_not_what_it_says(rpc: Rpc, client: Client, filled: str) -> None:
+    for _ in range(40):
+        client.search(filled, text=TEXT)
+    told = rpc.cluster.HotKeys(pb.HotKeysRequest(limit=1_000)).keys
+    (answer,) = [key for key in told if key.collection == filled]
+    assert (answer.kind, len(answer.key)) == ("answer", 32)
+    assert answer.count >= 39
+    assert 0 < answer.share <= 1
+    assert [key.count for key in told] == sorted((key.count for key in told), reverse=True)
+    assert any(key.kind == "embedding" for key in told)
+    assert len(rpc.cluster.HotKeys(pb.HotKeysRequest(limit=1)).keys) == 1

@@ -52,7 +52,6 @@ NOT_YET: list[tuple[str, str, Any]] = [
     ("index", "Activate", pb.ActivateRequest(collection="any", generation=2)),
     ("index", "Rollback", pb.RollbackRequest(collection="any")),
     ("model", "SetTraffic", pb.SetTrafficRequest()),
-    ("cluster", "HotKeys", pb.HotKeysRequest()),
     ("cluster", "Backup", pb.BackupRequest(destination="any")),
     ("cluster", "Restore", pb.RestoreRequest(source="any")),
 ]

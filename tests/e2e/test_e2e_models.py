@@ -220,15 +220,102 @@ def test_requests_that_make_no_sense_name_their_field(rpc: Rpc, artifact: Artifa
     assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
     said(directory, name="all-minilm-l6-v2")
     assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
-    for call in (
-        lambda: rpc.model.Register(pb.RegisterModelRequest(artifact=whole, kind=pb.Model.RANKER)),
-        lambda: rpc.model.SetTraffic(pb.SetTrafficRequest(name=name, version="1", percent=10)),
+    for traffic, code, field in (
+        (pb.SetTrafficRequest(name=name, version="1", percent=101), "INVALID_ARGUMENT", "percent"),
+        (pb.SetTrafficRequest(name=name, version="2", percent=1), "NOT_FOUND", "version"),
+        (pb.SetTrafficRequest(name=f"{name}-x", version="1", percent=1), "NOT_FOUND", "name"),
+        (pb.SetTrafficRequest(name=name, version="1", percent=1), "FAILED_PRECONDITION", ""),
     ):
-        assert refused(call).code == grpc.StatusCode.UNIMPLEMENTED
+        refusal = refused(lambda request=traffic: rpc.model.SetTraffic(request))
+        assert (refusal.code.name, refusal.field) == (code, field)
+
+
+def another_graph(directory: Path) -> Path:
+    """The same weights in other bytes: another variant of the model's space."""
+    graph = directory / "model.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\x32\x01x")  # field 6 of a ModelProto, doc_string
+    files = json.loads((directory / "manifest.json").read_text())["files"]
+    said(directory, files={**files, "model.onnx": sha256(graph.read_bytes()).hexdigest()})
+    return directory
+
+
+def set_traffic(rpc: Rpc, name: str, version: str, percent: int) -> pb.Model:
+    return rpc.model.SetTraffic(pb.SetTrafficRequest(name=name, version=version, percent=percent))
+
+
+def test_a_canary_takes_its_share_and_every_answer_says_so(
+    rpc: Rpc, client: Client, make_collection: Callable[..., str], artifact: Artifact, name: str
+) -> None:
+    space = uuid4().hex[:16]
+    live = register(rpc, artifact("1", space=space)).variant
+    canary = register(rpc, another_graph(artifact("2", space=space))).variant
+    assert live != canary
+    rpc.model.Promote(pb.PromoteModelRequest(name=name, version="1"))
+    collection = make_collection(model=name)
+    client.upsert(collection, [{"id": "apple", "text": "apple"}, {"id": "stone", "text": "stone"}])
+    users = [f"user-{i}" for i in range(60)]
+
+    def embedded() -> dict[str, str]:
+        requests = [pb.EmbedRequest(model=name, texts=["apple"], traffic_key=user) for user in users]
+        return {r.traffic_key: rpc.embedding.Embed(r).variant for r in requests}
+
+    def searched() -> dict[str, pb.SearchResponse]:
+        requests = [pb.SearchRequest(collection=collection, text="pear", traffic_key=u) for u in users]
+        return {r.traffic_key: rpc.search.Search(r) for r in requests}
+
+    def of_canary(met: dict[str, str]) -> set[str]:
+        assert set(met.values()) <= {live, canary}
+        return {user for user, variant in met.items() if variant == canary}
+
+    assert of_canary(embedded()) == set()
+    told = set_traffic(rpc, name, "2", 30)
+    assert (told.state, told.traffic_percent) == (pb.Model.CANARY, 30)
+    shares = {m.version: m.traffic_percent for m in client.models().models if m.name == name}
+    assert shares == {"1": 70, "2": 30}
+    few = of_canary(embedded())
+    assert 5 < len(few) < 35
+    assert of_canary(embedded()) == few
+    answers = searched()
+    assert of_canary({user: answer.variant for user, answer in answers.items()}) == few
+    assert {answer.hits[0].id for answer in answers.values()} == {"apple"}
+    again = {user: answer for user, answer in searched().items() if answer.served_from != pb.INDEX}
+    assert again.keys() == set(users), "an answer of either variant is kept"
+    assert of_canary({user: answer.variant for user, answer in again.items()}) == few
+    member, other = min(few), min(set(users) - few)
+    for user, variant in ((member, canary), (other, live)):
+        texts = pb.BatchSearchRequest(
+            collection=collection, texts=pb.TextList(values=["pear", "rock"]), traffic_key=user
+        )
+        assert rpc.search.BatchSearch(texts).variant == variant
+        liked = pb.RecommendRequest(collection=collection, like=[pb.Example(text="pear")], traffic_key=user)
+        assert rpc.search.Recommend(liked).variant == variant
+        exact = pb.EmbedRequest(model=f"{name}@1", texts=["apple"], traffic_key=user)
+        assert rpc.embedding.Embed(exact).variant == live
+    set_traffic(rpc, name, "2", 60)
+    assert few < of_canary(embedded())
+    assert set_traffic(rpc, name, "2", 0).state == pb.Model.STAGED
+    assert of_canary(embedded()) == set()
+    set_traffic(rpc, name, "2", 1)
+    assert rpc.model.Promote(pb.PromoteModelRequest(name=name, version="2")).traffic_percent == 100
+    assert of_canary(embedded()) == set(users)
+    assert {answer.variant for answer in searched().values()} == {canary}, "a collection follows in its space"
+    set_traffic(rpc, name, "1", 50)
+    assert rpc.model.Rollback(pb.RollbackModelRequest(name=name)).version == "2", "that ends the canary"
+    assert states(rpc, name) == {"1": "RETIRED", "2": "LIVE"}
+
+
+def test_a_canary_of_another_space_is_refused(rpc: Rpc, artifact: Artifact, name: str) -> None:
+    for version in ("1", "2"):
+        register(rpc, artifact(version, space=uuid4().hex[:16]))
+    rpc.model.Promote(pb.PromoteModelRequest(name=name, version="1"))
+    refusal = refused(lambda: set_traffic(rpc, name, "2", 10))
+    assert refusal.code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "cannot be compared" in refusal.message
+    assert states(rpc, name) == {"1": "LIVE", "2": "STAGED"}
 
 
 def test_the_command_line_registers_promotes_and_lists(
-    service: Up, artifact: Artifact, name: str, capsys: pytest.CaptureFixture[str]
+    service: Up, artifact: Artifact, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ringfort.cli import main
 
@@ -238,6 +325,15 @@ def test_the_command_line_registers_promotes_and_lists(
 
     assert "staged" in run("register", os.path.relpath(artifact()), "--name", f"{name}@1")
     assert json.loads(run("promote", f"{name}@1", "--json"))["state"] == "LIVE"
+    run("register", str(artifact("2")))
+    assert "25%" in run("traffic", f"{name}@2", "25")
+    assert {"75%", "25%", "canary"} <= set(run("list").split())
+    assert "live" in run("rollback", name)
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({"name": f"{name}-rank", "version": "1", "features": {"sales": 1}}))
+    assert "ranker" in run("register", str(weights), "--ranker")
+    assert main(["models", "traffic", f"{name}@2", "101", "--server", service.grpc]) == 2
+    capsys.readouterr()
     assert f"{name}@1" in run("list")
     assert DEFAULT in run("list")
     assert main(["models", "rollback", name, "--server", service.grpc]) == 1
@@ -270,13 +366,20 @@ def own_service(data_path: Path, model_dir: Path) -> Iterator[Callable[[], Up]]:
 
 
 def test_models_outlive_a_crash_and_are_fetched_again(
-    own_service: Callable[[], Up], artifact: Artifact, name: str
+    own_service: Callable[[], Up], artifact: Artifact, name: str, tmp_path: Path
 ) -> None:
     up = own_service()
     with Client(up.grpc) as client:
         for version in ("1", "2"):
             client.register_model(str(artifact(version, space=uuid4().hex[:16])))
         client.promote_model(name, "1")
+        for version in ("1", "2"):
+            told = {"name": f"{name}-rank", "version": version, "features": {"sales": 1}}
+            file = tmp_path / f"ranker-{version}.json"
+            file.write_text(json.dumps(told))
+            client.register_model(str(file), kind="RANKER")
+        client.promote_model(f"{name}-rank", "1")
+        client.set_traffic(f"{name}-rank", "2", 40)
         before = client.embed(["apple"], model=name)
         # There is room for one of the two at a time.
         assert np.array_equal(client.embed(["apple"], model=f"{name}@2"), before)
@@ -295,7 +398,10 @@ def test_models_outlive_a_crash_and_are_fetched_again(
     up = own_service()
     with Client(up.grpc) as client:
         listed = {f"{m.name}@{m.version}" for m in client.models().models}
-        assert listed == {DEFAULT, f"{name}@1", f"{name}@2"}
+        rankers = {f"{name}-rank@1", f"{name}-rank@2"}
+        assert listed == {DEFAULT, f"{name}@1", f"{name}@2", *rankers}
+        shares = {m.version: m.traffic_percent for m in client.models().models if m.name == f"{name}-rank"}
+        assert shares == {"1": 60, "2": 40}
         assert not list(up.data_dir.glob(f"models/{name}@3/int8"))
         (third / "kept").replace(third / "model.onnx")
         assert client.register_model(str(third)).version == "3"

@@ -1,13 +1,17 @@
 """Recommend: near what is liked, away from what is not, ranked, diversified, and told stage by stage."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import brute_force
 import numpy as np
 import pytest
 
+from protos.ringfort import v1 as pb
 from ringfort import Client
+from ringfort.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from ringfort.results import SearchResult
 
 MakeCollection = Callable[..., str]
@@ -250,3 +254,98 @@ def test_a_recommendation_carries_the_parts_asked_for(client: Client, documents:
     (hit,) = client.recommend(documents, like=["d010"], k=1, mmr_lambda=0.5)
     assert hit.text == f"text of {hit.id}"
     assert hit.vector is None
+
+
+# -- registered rankers
+
+
+@pytest.fixture
+def ranker(client: Client, tmp_path: Path) -> Callable[..., str]:
+    """Registers versions of a ranker of the test's own from weights; gives its name."""
+    name = f"rank-{uuid4().hex[:8]}"
+
+    def register(version: str, **features: float) -> str:
+        file = tmp_path / f"{name}-{version}.json"
+        file.write_text(json.dumps({"name": name, "version": version, "features": features}))
+        made = client.register_model(str(file), kind="RANKER")
+        assert (made.kind, made.state, made.dim) == (pb.Model.RANKER, pb.Model.STAGED, 0)
+        return name
+
+    return register
+
+
+def test_a_registered_ranker_ranks_as_its_weights_would(
+    client: Client, documents: str, ranker: Callable[..., str]
+) -> None:
+    name = ranker("1", similarity=0.2, rank=0.7)
+    weighed = client.recommend(documents, like=["d010"], rank={"similarity": 0.2, "rank": 0.7})
+    named = client.recommend(documents, like=["d010"], ranker=f"{name}@1")
+    assert (ids(named), named.ranker) == (ids(weighed), f"{name}@1")
+    with pytest.raises(FailedPrecondition, match="no version of ranker"):
+        client.recommend(documents, like=["d010"], ranker=name)
+    client.promote_model(name, "1")
+    assert ids(client.recommend(documents, like=["d010"], ranker=name)) == ids(weighed)
+    own = client.recommend(documents, like=["d010"], ranker=name, rank={"rank": -0.7})
+    assert ids(own) == ids(
+        client.recommend(documents, like=["d010"], rank={"similarity": 0.2, "rank": -0.7})
+    ), "what the request weighs goes before"
+
+
+def test_a_promoted_ranker_is_not_answered_with_what_the_one_before_made(
+    client: Client, documents: str, ranker: Callable[..., str]
+) -> None:
+    name = ranker("1", similarity=0, rank=1)
+    ranker("2", similarity=0, rank=-1)
+    client.promote_model(name, "1")
+    up = client.recommend(documents, like=["d010"], ranker=name)
+    assert client.recommend(documents, like=["d010"], ranker=name).served_from != "INDEX"
+    client.promote_model(name, "2")
+    down = client.recommend(documents, like=["d010"], ranker=name)
+    assert (down.served_from, down.ranker) == ("INDEX", f"{name}@2")
+    assert ids(down) != ids(up)
+
+
+def test_a_canary_ranks_for_its_share_of_the_users(
+    client: Client, documents: str, ranker: Callable[..., str]
+) -> None:
+    name = ranker("1", rank=1)
+    ranker("2", rank=-1)
+    client.promote_model(name, "1")
+    client.set_traffic(name, "2", 30)
+
+    def met() -> list[str]:
+        found = [
+            client.recommend(documents, like=["d010"], ranker=name, traffic_key=f"u{i}") for i in range(60)
+        ]
+        return [result.ranker for result in found]
+
+    first = met()
+    assert set(first) == {f"{name}@1", f"{name}@2"}
+    assert 5 < first.count(f"{name}@2") < 35
+    assert met() == first
+    client.rollback_model(name)
+    assert set(met()) == {f"{name}@1"}
+
+
+def test_a_ranker_that_does_not_fit_is_refused(
+    client: Client, documents: str, ranker: Callable[..., str], tmp_path: Path
+) -> None:
+    name = ranker("1", sales=1)
+    with pytest.raises(FailedPrecondition, match=f"ranker {name}@1 does not fit"):
+        client.recommend(documents, like=["d010"], ranker=f"{name}@1")
+    file = tmp_path / "ranker.json"
+    for text, what in (
+        ("{", "Input data was truncated"),
+        (json.dumps({"name": name, "version": "2", "features": {"x": 1e9}}), "features.x"),
+        (json.dumps({"name": "No Name", "version": "2", "features": {"x": 1}}), "'No Name' is not letters"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InvalidArgument, match=what) as refusal:
+            client.register_model(str(file), kind="RANKER")
+        assert refusal.value.field == "artifact"
+    for taken in ("blend", "similarity", "all-minilm-l6-v2"):
+        file.write_text(json.dumps({"name": taken, "version": "9", "features": {"x": 1}}))
+        with pytest.raises(AlreadyExists):
+            client.register_model(str(file), kind="RANKER")
+    with pytest.raises(InvalidArgument, match="No such file"):
+        client.register_model(str(tmp_path / "nowhere.json"), kind="RANKER")

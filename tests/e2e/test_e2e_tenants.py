@@ -59,6 +59,23 @@ def test_a_key_opens_both_ports(guarded: Up, red: Client) -> None:
         assert answer.status_code == 200
 
 
+def test_hot_keys_are_those_of_one_s_own_collections(red: Client, blue: Client) -> None:
+    for client, name in ((red, "hot-red"), (blue, "hot-blue")):
+        client.create_collection(name)
+        client.upsert(name, [{"id": "a", "text": "the same text"}])
+        for _ in range(5):
+            client.search(name, text="the same question")
+    for client, name in ((red, "hot-red"), (blue, "hot-blue")):
+        told = client.hot_keys(limit=1_000).keys
+        assert {(key.kind, key.collection) for key in told if key.collection.startswith("hot-")} == {
+            ("answer", name)
+        }
+        assert all(
+            key.kind == "answer" for key in told
+        )  # an embedding's digest would tell its text to a guesser
+        client.delete_collection(name)
+
+
 def test_probes_need_no_key(guarded: Up) -> None:
     with grpc.insecure_channel(guarded.grpc) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())

@@ -45,5 +45,6 @@ def test_a_pause_shows_in_proportion(
     latency_ms = run["all"]["latency_ms"]
     assert latency_ms["p99"] >= 900
     assert latency_ms["p90"] >= 450
+    assert {"faiss", "postgres", "fanout"} <= run["stages"].keys()
     assert set(run["operations"]) == {"search_vector_uncached", "upsert"}
     assert out.with_suffix("").joinpath("time.png").exists()

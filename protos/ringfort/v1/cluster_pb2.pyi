@@ -344,6 +344,7 @@ class HotKeysRequest(_message.Message):
 
     LIMIT_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
+    """How many at most; 0 for 20."""
     def __init__(
         self,
         *,
@@ -359,16 +360,25 @@ Global___HotKeysRequest: _TypeAlias = HotKeysRequest  # noqa: Y015
 
 @_typing.final
 class HotKey(_message.Message):
+    """A cached thing that is asked for often, lately and over all gateways. What was asked does not show."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    COLLECTION_FIELD_NUMBER: _builtins.int
     key: _builtins.str
+    """A digest: the same for the same question."""
     kind: _builtins.str
+    """answer or embedding."""
     share: _builtins.float
+    """Of all reads of the cache."""
     count: _builtins.int
+    """At least so many reads."""
+    collection: _builtins.str
+    """Whose answer it is."""
     def __init__(
         self,
         *,
@@ -376,10 +386,11 @@ class HotKey(_message.Message):
         kind: _builtins.str = ...,
         share: _builtins.float = ...,
         count: _builtins.int = ...,
+        collection: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "key", b"key", "kind", b"kind", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "count", b"count", "key", b"key", "kind", b"kind", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,7 +402,9 @@ class HotKeysResponse(_message.Message):
 
     KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___HotKey]: ...
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___HotKey]:
+        """Most asked for first: answers of the caller's collections, and embeddings where there is one tenant only."""
+
     def __init__(
         self,
         *,
@@ -404,6 +417,63 @@ class HotKeysResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HotKeysResponse: _TypeAlias = HotKeysResponse  # noqa: Y015
+
+@_typing.final
+class WarmCacheRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    limit: _builtins.int
+    """Answers to compute at most; 0 for 20."""
+    rate: _builtins.float
+    """Answers to begin a second at most; 0 for 20."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "limit", b"limit", "rate", b"rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmCacheRequest: _TypeAlias = WarmCacheRequest  # noqa: Y015
+
+@_typing.final
+class WarmCacheResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KNOWN_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    known: _builtins.int
+    """Answers that this gateway remembers as hot."""
+    computed: _builtins.int
+    """Of these, now: computed, failed to compute, and not in the cache still, the failed among them."""
+    failed: _builtins.int
+    left: _builtins.int
+    def __init__(
+        self,
+        *,
+        known: _builtins.int = ...,
+        computed: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        left: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "failed", b"failed", "known", b"known", "left", b"left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmCacheResponse: _TypeAlias = WarmCacheResponse  # noqa: Y015
 
 @_typing.final
 class CacheStatsRequest(_message.Message):
@@ -432,6 +502,9 @@ class TierStats(_message.Message):
     EVICTIONS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    EVICTION_STORMS_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    PURGES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     hits: _builtins.int
     misses: _builtins.int
@@ -440,6 +513,12 @@ class TierStats(_message.Message):
     evictions: _builtins.int
     errors: _builtins.int
     state: _builtins.str
+    """up, down, off; partly where some servers of a Cluster are away."""
+    eviction_storms: _builtins.int
+    """Looks at the server, seconds apart, between which it evicted a tenth of its keys."""
+    removed: _builtins.int
+    """Keys that went without being evicted or expiring, and looks between which a tenth of them did."""
+    purges: _builtins.int
     def __init__(
         self,
         *,
@@ -451,10 +530,13 @@ class TierStats(_message.Message):
         evictions: _builtins.int = ...,
         errors: _builtins.int = ...,
         state: _builtins.str = ...,
+        eviction_storms: _builtins.int = ...,
+        removed: _builtins.int = ...,
+        purges: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "entries", b"entries", "errors", b"errors", "evictions", b"evictions", "hits", b"hits", "misses", b"misses", "name", b"name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "entries", b"entries", "errors", b"errors", "eviction_storms", b"eviction_storms", "evictions", b"evictions", "hits", b"hits", "misses", b"misses", "name", b"name", "purges", b"purges", "removed", b"removed", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,9 +549,16 @@ class CacheStatsResponse(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     SUPERSEDED_FIELD_NUMBER: _builtins.int
     STAMPEDES_AVOIDED_FIELD_NUMBER: _builtins.int
+    REFRESHED_EARLY_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     superseded: _builtins.int
     """Entries refused because a write had moved past them."""
     stampedes_avoided: _builtins.int
+    """Computations that callers shared, here or with another gateway, instead of each making their own."""
+    refreshed_early: _builtins.int
+    """Answers computed anew, while they could still be served, because they soon could not."""
+    gateways: _builtins.int
+    """Gateways that use the same second tier, this one included."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStats]: ...
     def __init__(
@@ -478,10 +567,12 @@ class CacheStatsResponse(_message.Message):
         tiers: _abc.Iterable[Global___TierStats] | None = ...,
         superseded: _builtins.int = ...,
         stampedes_avoided: _builtins.int = ...,
+        refreshed_early: _builtins.int = ...,
+        gateways: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stampedes_avoided", b"stampedes_avoided", "superseded", b"superseded", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "refreshed_early", b"refreshed_early", "stampedes_avoided", b"stampedes_avoided", "superseded", b"superseded", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

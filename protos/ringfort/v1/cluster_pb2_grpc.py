@@ -65,6 +65,11 @@ class ClusterServiceStub:
                 request_serializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.CacheStatsRequest.SerializeToString,
                 response_deserializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.CacheStatsResponse.FromString,
                 _registered_method=True)
+        self.WarmCache = channel.unary_unary(
+                '/ringfort.v1.ClusterService/WarmCache',
+                request_serializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.WarmCacheRequest.SerializeToString,
+                response_deserializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.WarmCacheResponse.FromString,
+                _registered_method=True)
         self.Backup = channel.unary_unary(
                 '/ringfort.v1.ClusterService/Backup',
                 request_serializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.BackupRequest.SerializeToString,
@@ -116,6 +121,13 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WarmCache(self, request, context):
+        """Computes the answers that a collection is asked for most and that are not in the cache, or too old by now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Backup(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -160,6 +172,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.CacheStats,
                     request_deserializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.CacheStatsRequest.FromString,
                     response_serializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.CacheStatsResponse.SerializeToString,
+            ),
+            'WarmCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmCache,
+                    request_deserializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.WarmCacheRequest.FromString,
+                    response_serializer=protos_dot_ringfort_dot_v1_dot_cluster__pb2.WarmCacheResponse.SerializeToString,
             ),
             'Backup': grpc.unary_unary_rpc_method_handler(
                     servicer.Backup,
@@ -334,6 +351,33 @@ class ClusterService:
             '/ringfort.v1.ClusterService/CacheStats',
             protos_dot_ringfort_dot_v1_dot_cluster__pb2.CacheStatsRequest.SerializeToString,
             protos_dot_ringfort_dot_v1_dot_cluster__pb2.CacheStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ringfort.v1.ClusterService/WarmCache',
+            protos_dot_ringfort_dot_v1_dot_cluster__pb2.WarmCacheRequest.SerializeToString,
+            protos_dot_ringfort_dot_v1_dot_cluster__pb2.WarmCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

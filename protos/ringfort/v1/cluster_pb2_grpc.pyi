@@ -38,6 +38,8 @@ class ClusterServiceStub:
     SetReplicas: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.SetReplicasRequest, _index_pb2.Job]
     HotKeys: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.HotKeysRequest, _cluster_pb2.HotKeysResponse]
     CacheStats: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.CacheStatsRequest, _cluster_pb2.CacheStatsResponse]
+    WarmCache: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.WarmCacheRequest, _cluster_pb2.WarmCacheResponse]
+    """Computes the answers that a collection is asked for most and that are not in the cache, or too old by now."""
     Backup: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.BackupRequest, _index_pb2.Job]
     Restore: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RestoreRequest, _index_pb2.Job]
 
@@ -50,6 +52,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     SetReplicas: _aio.UnaryUnaryMultiCallable[_cluster_pb2.SetReplicasRequest, _index_pb2.Job]  # type: ignore[assignment]
     HotKeys: _aio.UnaryUnaryMultiCallable[_cluster_pb2.HotKeysRequest, _cluster_pb2.HotKeysResponse]  # type: ignore[assignment]
     CacheStats: _aio.UnaryUnaryMultiCallable[_cluster_pb2.CacheStatsRequest, _cluster_pb2.CacheStatsResponse]  # type: ignore[assignment]
+    WarmCache: _aio.UnaryUnaryMultiCallable[_cluster_pb2.WarmCacheRequest, _cluster_pb2.WarmCacheResponse]  # type: ignore[assignment]
+    """Computes the answers that a collection is asked for most and that are not in the cache, or too old by now."""
     Backup: _aio.UnaryUnaryMultiCallable[_cluster_pb2.BackupRequest, _index_pb2.Job]  # type: ignore[assignment]
     Restore: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RestoreRequest, _index_pb2.Job]  # type: ignore[assignment]
 
@@ -95,6 +99,14 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.CacheStatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.CacheStatsResponse, _abc.Awaitable[_cluster_pb2.CacheStatsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def WarmCache(
+        self,
+        request: _cluster_pb2.WarmCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.WarmCacheResponse, _abc.Awaitable[_cluster_pb2.WarmCacheResponse]]:
+        """Computes the answers that a collection is asked for most and that are not in the cache, or too old by now."""
 
     @_abc_1.abstractmethod
     def Backup(

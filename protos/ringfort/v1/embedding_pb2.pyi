@@ -46,6 +46,7 @@ class EmbedRequest(_message.Message):
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
+    TRAFFIC_KEY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """NAME or NAME@VERSION; empty means the default model."""
     input_type: Global___InputType.ValueType
@@ -54,6 +55,8 @@ class EmbedRequest(_message.Message):
     dtype: _common_pb2.DType.ValueType
     truncate: _builtins.bool
     """Cut texts over the byte limit instead of refusing them."""
+    traffic_key: _builtins.str
+    """What a canary's share is counted by: requests of one key meet the same versions. Empty means the first text."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -68,10 +71,11 @@ class EmbedRequest(_message.Message):
         dimensions: _builtins.int = ...,
         dtype: _common_pb2.DType.ValueType = ...,
         truncate: _builtins.bool = ...,
+        traffic_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "dtype", b"dtype", "images", b"images", "input_type", b"input_type", "model", b"model", "texts", b"texts", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "dtype", b"dtype", "images", b"images", "input_type", b"input_type", "model", b"model", "texts", b"texts", "traffic_key", b"traffic_key", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -72,6 +72,7 @@ class Model(_message.Message):
     kind: Global___Model.Kind.ValueType
     state: Global___Model.State.ValueType
     traffic_percent: _builtins.int
+    """Of what asks for the name alone."""
     space: _builtins.str
     variant: _builtins.str
     dim: _builtins.int
@@ -114,7 +115,7 @@ class RegisterModelRequest(_message.Message):
     version: _builtins.str
     kind: Global___Model.Kind.ValueType
     artifact: _builtins.str
-    """A directory or an object-store URL."""
+    """A directory or an object-store URL; of a ranker, its JSON file."""
     def __init__(
         self,
         *,

@@ -77,7 +77,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetTraffic(self, request, context):
-        """Sends a share of the traffic to a canary, sticky by key.
+        """Sends a share of its name's traffic to a version beside the live one, sticky by key; 0 ends that. An embedding
+        model has to be of the live one's space.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +91,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

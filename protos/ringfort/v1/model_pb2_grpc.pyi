@@ -34,9 +34,12 @@ class ModelServiceStub:
     Register: _grpc.UnaryUnaryMultiCallable[_model_pb2.RegisterModelRequest, _model_pb2.Model]
     List: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
     SetTraffic: _grpc.UnaryUnaryMultiCallable[_model_pb2.SetTrafficRequest, _model_pb2.Model]
-    """Sends a share of the traffic to a canary, sticky by key."""
+    """Sends a share of its name's traffic to a version beside the live one, sticky by key; 0 ends that. An embedding
+    model has to be of the live one's space.
+    """
     Promote: _grpc.UnaryUnaryMultiCallable[_model_pb2.PromoteModelRequest, _model_pb2.Model]
     Rollback: _grpc.UnaryUnaryMultiCallable[_model_pb2.RollbackModelRequest, _model_pb2.Model]
+    """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -44,9 +47,12 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Register: _aio.UnaryUnaryMultiCallable[_model_pb2.RegisterModelRequest, _model_pb2.Model]  # type: ignore[assignment]
     List: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
     SetTraffic: _aio.UnaryUnaryMultiCallable[_model_pb2.SetTrafficRequest, _model_pb2.Model]  # type: ignore[assignment]
-    """Sends a share of the traffic to a canary, sticky by key."""
+    """Sends a share of its name's traffic to a version beside the live one, sticky by key; 0 ends that. An embedding
+    model has to be of the live one's space.
+    """
     Promote: _aio.UnaryUnaryMultiCallable[_model_pb2.PromoteModelRequest, _model_pb2.Model]  # type: ignore[assignment]
     Rollback: _aio.UnaryUnaryMultiCallable[_model_pb2.RollbackModelRequest, _model_pb2.Model]  # type: ignore[assignment]
+    """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,7 +75,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.SetTrafficRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]:
-        """Sends a share of the traffic to a canary, sticky by key."""
+        """Sends a share of its name's traffic to a version beside the live one, sticky by key; 0 ends that. An embedding
+        model has to be of the live one's space.
+        """
 
     @_abc_1.abstractmethod
     def Promote(
@@ -83,6 +91,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _model_pb2.RollbackModelRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]: ...
+    ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]:
+        """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -73,6 +73,7 @@ class SearchRequest(_message.Message):
     MAX_STALENESS_MS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
+    TRAFFIC_KEY_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     text: _builtins.str
     id: _builtins.str
@@ -92,6 +93,8 @@ class SearchRequest(_message.Message):
     """The share of the true nearest to expect, 0 to 1, in place of `effort`: the least work that was
     measured to reach it is done.
     """
+    traffic_key: _builtins.str
+    """What a canary's share is counted by: requests of one key meet the same versions. Empty means the text."""
     @_builtins.property
     def vector(self) -> _common_pb2.Matrix: ...
     @_builtins.property
@@ -120,10 +123,11 @@ class SearchRequest(_message.Message):
         max_staleness_ms: _builtins.int | None = ...,
         cache: Global___CacheControl.ValueType = ...,
         recall: _builtins.float | None = ...,
+        traffic_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "effort", b"effort", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "query", b"query", "read_after", b"read_after", "recall", b"recall", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "query", b"query", "read_after", b"read_after", "recall", b"recall", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "id", b"id", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "query", b"query", "read_after", b"read_after", "recall", b"recall", "text", b"text", "traffic_key", b"traffic_key", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effort: _TypeAlias = _typing.Literal["effort"]  # noqa: Y015
     _WhichOneofArgType__effort: _TypeAlias = _typing.Literal["_effort", b"_effort"]  # noqa: Y015
@@ -315,6 +319,7 @@ class BatchSearchRequest(_message.Message):
     MAX_STALENESS_MS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     RECALL_FIELD_NUMBER: _builtins.int
+    TRAFFIC_KEY_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     mode: Global___Mode.ValueType
     k: _builtins.int
@@ -324,6 +329,8 @@ class BatchSearchRequest(_message.Message):
     max_staleness_ms: _builtins.int
     cache: Global___CacheControl.ValueType
     recall: _builtins.float
+    traffic_key: _builtins.str
+    """What a canary's share is counted by: requests of one key meet the same versions. Empty means the first text."""
     @_builtins.property
     def vectors(self) -> _common_pb2.Matrix: ...
     @_builtins.property
@@ -348,10 +355,11 @@ class BatchSearchRequest(_message.Message):
         max_staleness_ms: _builtins.int | None = ...,
         cache: Global___CacheControl.ValueType = ...,
         recall: _builtins.float | None = ...,
+        traffic_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "effort", b"effort", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "queries", b"queries", "read_after", b"read_after", "recall", b"recall", "texts", b"texts", "vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "queries", b"queries", "read_after", b"read_after", "recall", b"recall", "texts", b"texts", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_effort", b"_effort", "_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "_recall", b"_recall", "cache", b"cache", "collection", b"collection", "effort", b"effort", "exact", b"exact", "filter", b"filter", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "mode", b"mode", "queries", b"queries", "read_after", b"read_after", "recall", b"recall", "texts", b"texts", "traffic_key", b"traffic_key", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__effort: _TypeAlias = _typing.Literal["effort"]  # noqa: Y015
     _WhichOneofArgType__effort: _TypeAlias = _typing.Literal["_effort", b"_effort"]  # noqa: Y015
@@ -540,11 +548,12 @@ class RecommendRequest(_message.Message):
         RANKER_FIELD_NUMBER: _builtins.int
         FEATURES_FIELD_NUMBER: _builtins.int
         ranker: _builtins.str
-        """Empty means `blend`."""
+        """NAME or NAME@VERSION of a registered ranker; empty means `blend`, the weights below alone."""
         @_builtins.property
         def features(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
             """Weight of each feature: `similarity`, or a numeric or boolean attribute, taken as its
-            share of candidates it beats (0 to 1). Empty means similarity alone.
+            share of candidates it beats (0 to 1). They go before the ranker's own; without either, similarity
+            alone.
             """
 
         def __init__(
@@ -643,12 +652,15 @@ class RecommendRequest(_message.Message):
     MIN_COVERAGE_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_MS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    TRAFFIC_KEY_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     k: _builtins.int
     """Unset means 10."""
     min_coverage: _builtins.float
     max_staleness_ms: _builtins.int
     cache: Global___CacheControl.ValueType
+    traffic_key: _builtins.str
+    """What a canary's share is counted by: requests of one key meet the same versions. Empty means what is liked."""
     @_builtins.property
     def like(self) -> _containers.RepeatedCompositeFieldContainer[Global___Example]: ...
     @_builtins.property
@@ -689,10 +701,11 @@ class RecommendRequest(_message.Message):
         min_coverage: _builtins.float = ...,
         max_staleness_ms: _builtins.int | None = ...,
         cache: Global___CacheControl.ValueType = ...,
+        traffic_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "diversity", b"diversity", "include", b"include", "k", b"k", "max_staleness_ms", b"max_staleness_ms", "rank", b"rank", "read_after", b"read_after", "retrieve", b"retrieve"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "cache", b"cache", "collection", b"collection", "context_features", b"context_features", "diversity", b"diversity", "exclude", b"exclude", "include", b"include", "k", b"k", "like", b"like", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "rank", b"rank", "read_after", b"read_after", "retrieve", b"retrieve", "unlike", b"unlike", "user_features", b"user_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_k", b"_k", "_max_staleness_ms", b"_max_staleness_ms", "cache", b"cache", "collection", b"collection", "context_features", b"context_features", "diversity", b"diversity", "exclude", b"exclude", "include", b"include", "k", b"k", "like", b"like", "max_staleness_ms", b"max_staleness_ms", "min_coverage", b"min_coverage", "rank", b"rank", "read_after", b"read_after", "retrieve", b"retrieve", "traffic_key", b"traffic_key", "unlike", b"unlike", "user_features", b"user_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__k: _TypeAlias = _typing.Literal["k"]  # noqa: Y015
     _WhichOneofArgType__k: _TypeAlias = _typing.Literal["_k", b"_k"]  # noqa: Y015

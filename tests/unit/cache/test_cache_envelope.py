@@ -1,5 +1,7 @@
 """Entries against the reference codec, and old and new readers of each other's bytes."""
 
+import math
+
 import msgpack
 import msgspec
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache.envelope import AnswerEntry, EmbeddingEntry, fresh
+from services.cache.envelope import LEAST_LEAD, AnswerEntry, EmbeddingEntry, due, fresh, includes
 
 ANSWER = AnswerEntry(positions={"log-a": 41}, body=b"\x08\x01", stored_at_ms=1_700_000_000_000)
 VECTOR = np.array([0.5, -0.25, 0.0], dtype=np.float32)
@@ -16,12 +18,17 @@ EMBEDDING = EmbeddingEntry.of(VECTOR, tokens=5, truncated=True)
 positions = st.dictionaries(st.text(), st.integers(0, 2**63 - 1))
 
 
-@given(positions, st.binary(), st.integers(0, 2**53))
-def test_an_answer_is_read_as_it_was_written(positions, body, stored_at_ms):
-    entry = AnswerEntry(positions, body, stored_at_ms)
+@given(positions, st.binary(), st.integers(0, 2**53), st.integers(0, 2**31))
+def test_an_answer_is_read_as_it_was_written(positions, body, stored_at_ms, cost_ms):
+    entry = AnswerEntry(positions, body, stored_at_ms, cost_ms)
     assert AnswerEntry.decode(entry.encode()) == entry
-    assert msgpack.unpackb(entry.encode()) == [1, positions, body, stored_at_ms]
-    assert AnswerEntry.decode(msgpack.packb([1, positions, body, stored_at_ms])) == entry
+    assert msgpack.unpackb(entry.encode()) == [1, positions, body, stored_at_ms, cost_ms]
+    assert AnswerEntry.decode(msgpack.packb([1, positions, body, stored_at_ms, cost_ms])) == entry
+
+
+def test_an_answer_of_an_earlier_writer_says_nothing_of_what_it_cost():
+    earlier = msgpack.packb([1, {"log-a": 41}, b"body", 7])
+    assert AnswerEntry.decode(earlier) == AnswerEntry({"log-a": 41}, b"body", 7, 0)
 
 
 def test_an_embedding_is_read_as_it_was_written():
@@ -51,10 +58,11 @@ def test_a_later_reader_takes_defaults_for_what_a_writer_of_today_does_not_know(
         positions: dict[str, int]
         body: bytes
         stored_at_ms: int
-        took_ms: float = -1.0
+        cost_ms: int
+        added: float = -1.0
 
     later = msgspec.msgpack.decode(ANSWER.encode(), type=LaterAnswer)
-    assert (later.body, later.took_ms) == (ANSWER.body, -1.0)
+    assert (later.body, later.added) == (ANSWER.body, -1.0)
 
 
 @pytest.mark.parametrize("entry", [ANSWER, EMBEDDING], ids=["answer", "embedding"])
@@ -110,3 +118,31 @@ class TestFresh:
 
     def test_an_entry_from_the_future_has_no_age_to_trust(self):
         assert not fresh(ANSWER, {"log-a": 42}, ANSWER.stored_at_ms - 1, 10_000)
+
+
+def test_an_answer_includes_what_is_known_of_the_very_same_logs():
+    entry = AnswerEntry({"a": 5, "b": 7}, b"", 0)
+    assert includes(entry, {"a": 5, "b": 7})
+    assert includes(entry, {"a": 4, "b": 0})
+    assert not includes(entry, {"a": 6, "b": 7})
+    assert not includes(entry, {"a": 5})
+    assert not includes(entry, {"a": 5, "b": 7, "c": 0})
+
+
+class TestDue:
+    def test_long_before_nobody_refreshes_and_at_the_end_everybody(self):
+        entry = AnswerEntry({"a": 1}, b"", 1_000)
+        assert not due(entry, 1_100, 60_000, 0.999)
+        assert due(entry, 61_000, 60_000, 0.0)
+
+    @pytest.mark.parametrize("cost_ms", [10, 20_000])
+    def test_a_third_of_the_readers_would_begin_once_the_lead_is_left(self, cost_ms):
+        entry = AnswerEntry({"a": 1}, b"", 0, cost_ms)
+        lead_ms = max(cost_ms, 60_000 * LEAST_LEAD)
+        begin = [due(entry, int(60_000 - lead_ms), 60_000, chance / 1_000) for chance in range(1_000)]
+        assert sum(begin) == pytest.approx(1_000 / math.e, abs=2)
+
+    @given(st.integers(0, 60_000), st.integers(0, 60_000), st.floats(0, 1, exclude_max=True))
+    def test_once_due_it_stays_due(self, age_ms, later_ms, chance):
+        entry = AnswerEntry({"a": 1}, b"", 0, 100)
+        assert due(entry, age_ms, 60_000, chance) <= due(entry, age_ms + later_ms, 60_000, chance)

@@ -52,6 +52,9 @@ async def test_the_tiers_describe_themselves(tier):
         "bytes": 8 + ENTRY_BYTES,
         "evictions": 0,
         "errors": 0,
+        "eviction_storms": 0,
+        "removed": 0,
+        "purges": 0,
         "state": "up",
     }
     assert (redis["name"], redis["state"]) == ("REDIS", "off")

@@ -139,3 +139,27 @@ def test_memory_is_what_the_budget_says(value_bytes):
     finally:
         tracemalloc.stop()
     assert 0.5 < held_bytes / cache.budget_bytes < 1.1
+
+
+def test_a_pinned_key_stays_through_any_scan_and_leaves_when_it_is_pinned_no_more():
+    cache = filled(1_000, budget=10_000)
+    cache.pin([b"999", b"not held"])
+    cache.validate_state()
+    for i in range(20_000):
+        cache.put(b"scan%d" % i, i, 10)
+        cache.get(b"scan%d" % i), cache.get(b"scan%d" % i)
+    assert cache.get(b"999") == 999
+    cache.validate_state()
+    for i in range(200_000):
+        cache.put(b"scan%d" % i, i, 10)
+        cache.get(b"scan%d" % i), cache.get(b"scan%d" % i)
+    assert b"999" not in cache
+
+
+def test_a_large_value_is_not_pinned():
+    cache: S3Fifo[int] = S3Fifo(1_000)
+    cache.put(b"large", 1, 100)
+    cache.pin([b"large"])
+    for i in range(1_000):
+        cache.put(b"%d" % i, i, 10)
+    assert b"large" not in cache

@@ -47,10 +47,13 @@ CALLS: list[Call[Any, Any]] = [
     operations.rollback("c"),
     operations.models(),
     operations.register_model("/models/m"),
+    operations.set_traffic("m", "1", 10),
     operations.promote_model("m", "1"),
     operations.rollback_model("m"),
     operations.cluster(),
     operations.cache_stats(),
+    operations.hot_keys(),
+    operations.warm_cache("c"),
 ]
 
 

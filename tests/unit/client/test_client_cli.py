@@ -69,7 +69,7 @@ def test_without_a_command_it_says_what_there_is(run: Any) -> None:
     outcome = run()
     assert outcome.code == 0
     assert set(re.findall(r"^│ (\w+)", outcome.out, re.MULTILINE)) == {
-        *("up", "demo", "cluster", "jobs", "models"),
+        *("up", "demo", "top", "profile", "cluster", "jobs", "models"),
         *("search", "recommend", "embed"),
         *("collections", "create"),
         *("load", "count", "get", "scan", "delete"),
@@ -316,15 +316,33 @@ def test_cluster_cache(fake: FakeService, run: Any) -> None:
     answer = pb.CacheStatsResponse(
         tiers=[
             pb.TierStats(name="L1", hits=3, misses=1, entries=2, bytes=3 * 1024 * 1024, state="up"),
-            pb.TierStats(name="REDIS", state="off"),
+            pb.TierStats(name="REDIS", state="off", eviction_storms=1, removed=2_000, purges=3),
         ],
         superseded=4,
+        refreshed_early=5,
     )
     _answer(fake, "ClusterService/CacheStats", answer)
     lines = run("cluster", "cache").lines
     assert lines[1].split() == ["L1", "up", "75.0%", "3", "1", "2", "3.0", "MiB", "0", "0"]
     assert lines[2].split() == ["REDIS", "off", "–", "0", "0", "0", "0", "B", "0", "0"]
-    assert lines[3] == "4 superseded by writes · 0 stampedes avoided"
+    assert lines[3] == "4 superseded by writes · 0 stampedes avoided · 5 refreshed early"
+    assert lines[4] == "REDIS: 1 eviction storms, 2,000 keys removed (3 purges)"
+
+
+def test_hot_keys(fake: FakeService, run: Any) -> None:
+    answer = pb.HotKeysResponse(
+        keys=[
+            pb.HotKey(key="ab12", kind="answer", collection="packages", share=0.125, count=1_234),
+            pb.HotKey(key="cd34", kind="embedding", share=0.01, count=99),
+        ]
+    )
+    _answer(fake, "ClusterService/HotKeys", answer)
+    lines = run("cluster", "hot-keys", "-n", "2").lines
+    assert fake.requests[0].limit == 2
+    assert lines[1].split() == ["ab12", "answer", "packages", "12.5%", "1,234"]
+    assert lines[2].split() == ["cd34", "embedding", "–", "1.0%", "99"]
+    _answer(fake, "ClusterService/HotKeys", pb.HotKeysResponse())
+    assert run("cluster", "hot-keys").lines == ["nothing is asked for often"]
 
 
 def test_the_server_may_be_named_before_or_after_the_command(

@@ -1,6 +1,7 @@
 """Every waiting text is run once, with texts like it, and no caller waits behind a crowd."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ def batches(waiting: WaitingTexts, lengths: Mapping[int, Sequence[int]]) -> list
 
 def test_nothing_waits_at_first() -> None:
     waiting = WaitingTexts(BATCH_TOKENS)
-    assert waiting.take(0.0) == (None, [])
+    assert waiting.take(0.0) == (None, [], False)
     assert waiting.rows == 0
 
 
@@ -139,7 +140,7 @@ def test_late_calls_are_dropped_before_anything_is_done_for_them() -> None:
     waiting = WaitingTexts(BATCH_TOKENS)
     waiting.add(1, [30, 30], deadline_s=5.0)
     waiting.add(2, [30], deadline_s=FOREVER_S)
-    assert waiting.take(5.0) == (Tokenize([Row(2, 0)]), [1])
+    assert waiting.take(5.0) == (Tokenize([Row(2, 0)]), [1], False)
     assert waiting.rows == 1
 
 
@@ -149,7 +150,7 @@ def test_late_texts_do_not_ride_along() -> None:
     waiting.add(2, [31], deadline_s=5.0)
     assert waiting.take(0.0).work == Tokenize([Row(1, 0), Row(2, 0)])
     waiting.tokenized([Row(1, 0), Row(2, 0)], [8, 8])
-    assert waiting.take(6.0) == (Infer([Row(1, 0)]), [2])
+    assert waiting.take(6.0) == (Infer([Row(1, 0)]), [2], False)
     assert waiting.rows == 0
 
 
@@ -177,7 +178,8 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        work, late = self.waiting.take(self.now_s)
+        work, late, more = self.waiting.take(self.now_s)
+        assert more == (deepcopy(self.waiting).take(self.now_s).work is not None)
         for call in late:
             assert self.deadlines[call] <= self.now_s
             self.forget(call)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from services.embedder.embedder import InputType
 from services.gateway import models as models_module
 from services.gateway.embeddings import Vectors
 from services.gateway.models import Models, require_dimension, space_at
-from services.metadata.models import ModelState, ModelVersion
+from services.metadata.models import ModelKind, ModelState, ModelVersion
 from shard_router.errors import (
     DeadlineExceeded,
     EmbedderUnavailable,
@@ -81,11 +82,15 @@ class Setting:
         self.versions = [self.version(i) for i in range(1, 5)]
         self.models.know(self.versions)
 
-    def version(self, i: int, *, state: ModelState = ModelState.STAGED, number: str = "1") -> ModelVersion:
+    def version(
+        self, i: int, *, state: ModelState = ModelState.STAGED, number: str = "1", percent: int = 0
+    ) -> ModelVersion:
         manifest = msgspec.structs.replace(
             MANIFEST, name=f"m{i}", version=number, space=f"space-{i}", variant=f"variant-{i}-{number}"
         )
-        return ModelVersion(f"m{i}", number, state, "/artifact", manifest.encode().decode(), 1)
+        return ModelVersion(
+            f"m{i}", number, ModelKind.EMBEDDING, state, percent, "/artifact", manifest.encode().decode(), 1
+        )
 
     async def _load(self, manifest: ModelManifest) -> Fake:
         if self.failure:
@@ -184,13 +189,6 @@ def test_names_resolve_to_versions(setting: Setting) -> None:
 
 
 def test_a_collection_keeps_its_model_and_its_space(setting: Setting) -> None:
-    def collection(model: str | None, space: str, dim: int = 8) -> Collection:
-        return Collection(
-            uid=1, tenant="t", name="c", dim=dim, metric=Metric.COSINE, schema={}, schema_version=1,
-            model=model, slots=1, shards=1, replicas=1, index="auto", max_staleness_ms=0, generation=1,
-            space=space, created_at_us=0,
-        )  # fmt: skip
-
     models = setting.models
     assert models.of(collection("m2@1", "space-2")).model == "m2@1"
     assert models.variant(collection("m2@1", "space-2")) == "variant-2-1"
@@ -201,6 +199,52 @@ def test_a_collection_keeps_its_model_and_its_space(setting: Setting) -> None:
         models.of(collection("m9@1", "space-9"))
     with pytest.raises(SpaceMismatch):
         models.of(collection("m2@1", "space-3"))
+
+
+def collection(model: str | None, space: str, dim: int = 8) -> Collection:
+    return Collection(
+        uid=1, tenant="t", name="c", dim=dim, metric=Metric.COSINE, schema={}, schema_version=1,
+        model=model, slots=1, shards=1, replicas=1, index="auto", max_staleness_ms=0, generation=1,
+        space=space, created_at_us=0,
+    )  # fmt: skip
+
+
+KEYS = [b"%d" % i for i in range(400)]
+
+
+def test_a_canary_takes_its_share_of_a_name_and_of_its_collections(setting: Setting) -> None:
+    models = setting.models
+    models.know([
+        setting.version(1, state=ModelState.LIVE),
+        setting.version(1, state=ModelState.CANARY, number="2", percent=25),
+    ])  # fmt: skip
+    live = models.resolve("m1")
+    taken = [key for key in KEYS if models.routed(live, "t", key).model == "m1@2"]
+    assert 70 < len(taken) < 130
+    queried = [key for key in KEYS if models.for_queries(collection("m1@1", "space-1"), key).model == "m1@2"]
+    assert queried == taken
+    assert models.of(collection("m1@1", "space-1")).model == "m1@1", "documents wait until it is live"
+    assert models.routed(models.default, "t", taken[0]) is models.default
+
+
+def test_a_canary_of_another_space_gets_nothing(setting: Setting) -> None:
+    models = setting.models
+    other = setting.version(2, state=ModelState.CANARY, number="2", percent=100)
+    told = msgspec.structs.replace(MANIFEST, name="m1", version="2", space="space-2", variant="variant-2-2")
+    other = replace(other, name="m1", manifest=told.encode().decode())
+    models.know([setting.version(1, state=ModelState.LIVE), other])
+    assert {models.for_queries(collection("m1@1", "space-1"), key).model for key in KEYS} == {"m1@1"}
+
+
+def test_a_collection_follows_what_is_live_within_its_space(setting: Setting) -> None:
+    models = setting.models
+    models.know([
+        setting.version(1, state=ModelState.RETIRED),
+        setting.version(1, state=ModelState.LIVE, number="2"),
+    ])  # fmt: skip
+    bound = collection("m1@1", "space-1")
+    assert (models.of(bound).model, models.variant(bound)) == ("m1@2", "variant-1-2")
+    assert models.for_queries(bound, b"k").model == "m1@2"
 
 
 def test_only_declared_lengths_may_be_asked_for() -> None:

@@ -1,0 +1,77 @@
+"""A gateway's answers over a real cache, of a collection that a test makes up; as a program, one that hangs.
+
+`python stampede.py REDIS_URL QUESTION` takes a question's lease (hex), says "computing", and never ends.
+"""
+
+import asyncio
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from protos.ringfort import v1 as pb
+from services.cache.tier import CacheTier
+from services.deadline import Deadline
+from services.gateway.answers import Answers, Cached, Computed, Question
+
+PATIENT_MS = 10_000
+
+
+def question() -> bytes:
+    """The name of an answer that nobody asked for before."""
+    return b"rf1:a:7:" + uuid.uuid4().bytes
+
+
+@dataclass
+class Gateway:
+    """One gateway."""
+
+    cache: CacheTier
+    answers: Answers
+    served: SimpleNamespace
+
+    @classmethod
+    async def open(cls, redis_url: str) -> "Gateway":
+        cache = CacheTier(l1_bytes=1_000_000, redis_url=redis_url, op_timeout_ms=PATIENT_MS)
+        await cache.open()
+        served = SimpleNamespace(log_id="log", position=5, collection=SimpleNamespace(uid=7))
+        return cls(cache, Answers(cache, ttl_s=60), served)
+
+    async def close(self) -> None:
+        await self.answers.close()
+        await self.cache.close()
+
+    def computed(self, body: bytes) -> Computed:
+        return Computed(body, self.served.position, int(time.time() * 1000), True, pb.Timings())
+
+    async def ask(
+        self,
+        name: bytes,
+        compute: Callable[["Gateway"], Awaitable[Computed]],
+        *,
+        max_staleness_ms: int = 0,
+        timeout_s: float = 60.0,
+    ) -> Cached | Computed:
+        """As the read paths do."""
+        asked = Question(lambda served: name, lambda served, deadline: compute(self), 0.0)
+        found = await self.answers.get(self.served, name, asked, 0, max_staleness_ms)
+        if found is not None:
+            return found
+        return await self.answers.once(self.served, name, asked, 0, Deadline.after(timeout_s))
+
+
+async def hang(redis_url: str, name: bytes) -> None:
+    async def forever(gateway: Gateway) -> Computed:
+        print("computing", flush=True)
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    gateway = await Gateway.open(redis_url)
+    gateway.cache.exchange._others[b"somebody"] = gateway.cache.exchange.windows.report(0.0)
+    await gateway.ask(name, forever, timeout_s=3600)
+
+
+if __name__ == "__main__":
+    asyncio.run(hang(sys.argv[1], bytes.fromhex(sys.argv[2])))
