@@ -90,7 +90,7 @@ def _cluster(config: "Config", data_dir: Path) -> "Embedded":
         raise StartupError(
             f"--cluster needs Ray ({error.name} is missing); run: pip install 'ringfort[cluster]'"
         ) from None
-    launcher = RayLauncher(config.cluster)
+    launcher = RayLauncher(config.cluster, data_dir)
     return Cluster(config, data_dir, launcher, release=version("ringfort"), say=_say)
 
 

@@ -5,6 +5,7 @@ server on a thread with an event loop of its own, and joins the head. The only m
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -121,9 +123,12 @@ class _Resources:
 class RayLauncher:
     """Starts members on a Ray cluster: one that is named, or one of its own on this machine."""
 
-    def __init__(self, settings: ClusterSettings) -> None:
+    def __init__(self, settings: ClusterSettings, data_dir: Path) -> None:
+        """data_dir: whose owner this is; what a killed predecessor left of a Ray of its own goes."""
         self._settings = settings
-        self._scratch: str | None = None
+        name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:12]
+        #: A short path, as sockets lie below it.
+        self._scratch = Path(tempfile.gettempdir()) / f"ringfort-ray-{name}"
         self._nodes: list[Any] = []
         self._ours = settings.ray_address is None
 
@@ -158,8 +163,8 @@ class RayLauncher:
             "logging_level": logging.ERROR,
         }
         if self._ours:
-            # A short path: sockets lie below it.
-            self._scratch = tempfile.mkdtemp(prefix="rf-ray-")
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.mkdir(mode=0o700)
             wanted = settings.nodes * settings.node_cpus + settings.embedders_most * settings.embedder_cpus
             options |= {
                 "address": "local",
@@ -168,7 +173,7 @@ class RayLauncher:
                 # What we ask for has to fit; how much there really is the members find out for themselves.
                 "num_cpus": max(os.cpu_count() or 1, int(wanted) + 2),
                 "object_store_memory": _OBJECT_STORE_BYTES,
-                "_temp_dir": self._scratch,
+                "_temp_dir": str(self._scratch),
             }
         else:
             options["address"] = settings.ray_address
@@ -226,7 +231,7 @@ class RayLauncher:
         if self._ours:
             serve.shutdown()
         ray.shutdown()
-        if self._scratch is not None:
+        if self._ours:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
