@@ -26,7 +26,7 @@ from services.gateway.remote_shards import RemoteShards
 from services.members import EmbedderNodeSettings, ShardNodeSettings, claim_on_wire
 from services.membership import Head
 from services.metadata.store import Store
-from services.peers import Peer, Port
+from services.peers import Peer, Port, own_host
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Cluster(Embedded):
         self._token = data_dir.secrets.password("internal")
         self._head = Head(lambda: claim_on_wire(store.claim))
         port = Port({head_pb2.DESCRIPTOR.services_by_name["Head"]: self._head}, self._token)
-        self._address = await port.start(f"{settings.host}:0")
+        self._address = await port.start(f"{own_host(settings.host)}:0")
         self._stack.push_async_callback(port.stop, 0)
         names = [f"node-{i}" for i in range(settings.nodes)]
         self._remote_shards = RemoteShards(names, self._token)

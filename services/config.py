@@ -148,7 +148,8 @@ class ClusterSettings(Section):
     nodes: int = Field(2, ge=1, le=1_000)
     #: An existing Ray cluster; otherwise one is started here, on loopback.
     ray_address: str | None = None
-    #: Where internal servers listen; what other machines reach, where there are any.
+    #: Where internal servers listen; `auto` is each machine's own address, which the others reach. They ask
+    #: for a token, but speak in the clear: the network between the machines has to be private.
     host: str = "127.0.0.1"
     #: Processes of one model: at first, and at most as its queues grow (on Ray).
     embedders: int = Field(1, ge=1)

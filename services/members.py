@@ -27,7 +27,7 @@ from services.embedder.node import EmbedderNode
 from services.membership import Membership
 from services.metadata.ownership import BorrowedClaim, Claim
 from services.metadata.store import Store
-from services.peers import Port
+from services.peers import Port, own_host
 from services.shard.local_shards import LocalShards
 from services.shard.node import ShardNode
 from services.telemetry import log_to
@@ -47,7 +47,7 @@ class ShardNodeSettings(msgspec.Struct, frozen=True, tag="shard"):
     #: HOST:PORT of the head, and the token that all internal ports ask for.
     head: str
     token: str
-    #: Where its server listens, on a port of its own choice.
+    #: Where its server listens, on a port of its own choice; see `own_host`.
     host: str
     #: Its segments and logs; nobody else's.
     directory: str
@@ -156,7 +156,7 @@ class Member:
     async def _join(self, port: Port, member: internal.Member, hear: Any) -> str:
         settings = self._settings
         self._stack.push_async_callback(port.stop, DRAIN_S)
-        address = await port.start(f"{settings.host}:0")
+        address = await port.start(f"{own_host(settings.host)}:0")
         member.name, member.address, member.pid = settings.name, address, os.getpid()
         membership = Membership(settings.head, settings.token, member, hear)
         self._stack.push_async_callback(membership.close)

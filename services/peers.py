@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -50,6 +51,11 @@ _SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
 )
+
+
+def own_host(host: str) -> str:
+    """The address to listen on; for `auto`, that by which other machines know this one."""
+    return socket.gethostbyname(socket.gethostname()) if host == "auto" else host
 
 
 class Port:
