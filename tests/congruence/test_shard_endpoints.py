@@ -12,7 +12,7 @@ from protos.ringfort import v1 as pb
 from services.deadline import Deadline
 from services.gateway.endpoints import ShardEndpoint
 from shard_router import filters
-from shard_router.errors import DeadlineExceeded, DimensionMismatch, Unavailable
+from shard_router.errors import DeadlineExceeded, DimensionMismatch, StaleEpoch, Unavailable
 from shard_router.model import Attributes, Hit, Include, Version
 
 EVERYTHING: Attributes = {
@@ -167,3 +167,31 @@ async def test_closed_it_answers_nothing(open_shard: OpenShard, log: MemoryLog) 
     log.write({"a": A})
     again = await open_shard()
     assert [hit.id for hit in await nearest(again, A)] == ["a"]
+
+
+async def test_it_answers_for_the_slots_it_is_told(open_shard: OpenShard, log: MemoryLog) -> None:
+    log.write({f"d{i}": A for i in range(64)})
+    by_slot = {id: row.slot for id, (row, _) in log.rows.items()}
+    shard = await open_shard()
+    assert shard.followed() == frozenset(range(16))
+    half = list(range(8))
+    await shard.serve(2, half)
+    mine = {id for id, slot in by_slot.items() if slot < 8}
+    assert {hit.id for hit in await nearest(shard, A, 64, epoch=2)} == mine
+    assert await shard.count(None, epoch=2) == len(mine)
+    for ask in (
+        lambda: nearest(shard, A, epoch=1),
+        lambda: shard.count(None, epoch=1),
+        lambda: shard.matching(None, 5, epoch=1),
+        lambda: shard.vectors(["d1"], epoch=1),
+    ):
+        with pytest.raises(StaleEpoch) as stale:
+            await ask()
+        assert (stale.value.seen, stale.value.current) == (1, 2)
+    await shard.release(list(range(8, 16)))
+    assert shard.followed() == frozenset(half)
+    with pytest.raises(ValueError, match="not whole"):
+        await shard.serve(3, range(16))
+    await shard.backfill(list(range(16)))
+    await shard.serve(3, range(16))
+    assert await shard.count(None, epoch=3) == 64
