@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from services.deadline import Deadline
 from services.gateway.endpoints import ShardEndpoint
-from shard_router.errors import ShardUnavailable, StaleEpoch, UnknownLog
+from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, UnknownLog
 from shard_router.fanout_plan import HedgeBudget, Latencies, stale_pause_s
 from shard_router.model import Collection, LogDelta
 from shard_router.resharding import Copy
@@ -164,12 +164,15 @@ class Served:
     ) -> list[T]:
         """What one copy of every shard says, asked with the map's epoch: together, of every slot once.
 
-        ShardUnavailable where a shard has no copy that is up; what a copy raises.
+        ShardUnavailable where a shard has no copy that is up; DeadlineExceeded; what a copy raises.
         """
         attempt = 0
         while True:
             try:
-                return await asyncio.gather(*self._asked(ask))
+                async with asyncio.timeout(deadline.require("the shards")):
+                    return await asyncio.gather(*self._asked(ask))
+            except TimeoutError:
+                raise DeadlineExceeded("the shards") from None
             except StaleEpoch:
                 attempt += 1
                 if deadline.left_s() <= stale_pause_s(attempt):

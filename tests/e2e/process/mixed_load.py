@@ -44,6 +44,7 @@ class MixedLoad:
         self._began_s = time.monotonic()
         #: By id, what was acknowledged last, in either collection.
         self.acknowledged: dict[str, int] = {}
+        self.writes = 0
         self.seen: dict[str, Seen] = {}
         self.timeline: list[str] = []
         self.failure: BaseException | None = None
@@ -124,6 +125,7 @@ class MixedLoad:
                         raise
                     time.sleep(0.05)
         self.acknowledged.update(rows)
+        self.writes += 1
 
     def _search(self, client: Client, collection: str) -> None:
         query = np.random.default_rng().standard_normal(DIM).astype(np.float32)

@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from command_line import eventually
 from mixed_load import MixedLoad
 from up import Up, end
 
+from protos.ringfort import v1 as pb
+from protos.ringfort.v1.cluster_pb2_grpc import ClusterServiceStub
 from ringfort import Client
 
 LAUNCHER = os.environ.get("COMPOSITION", "processes")
@@ -48,6 +51,19 @@ def servers(up: Up) -> dict[str, int]:
     return {child.name(): child.pid for child in children if child.name() in ("postgres", "valkey-server")}
 
 
+def succeeded(client: Client, job: pb.Job) -> bool:
+    """Whether a job has; fails where it never will."""
+    told = client.job(job.id)
+    assert told.state in (pb.Job.PENDING, pb.Job.RUNNING, pb.Job.SUCCEEDED), told
+    return told.state == pb.Job.SUCCEEDED
+
+
+def shards(client: Client, collection: str) -> dict[int, int]:
+    """The slots of each shard of a collection."""
+    [told] = [each for each in client.cluster().collections if each.name == collection]
+    return {replica.shard: replica.slots for replica in told.replicas if replica.slots}
+
+
 def whole(client: Client) -> bool:
     """Whether every copy of every shard answers."""
     collections = client.cluster().collections
@@ -62,6 +78,8 @@ def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir:
 
             def quiet() -> None:
                 eventually(lambda: whole(client) and len(components(client)) == 4, BACK_WITHIN_S)
+                written = load.writes
+                eventually(lambda: load.writes > written + 1, BACK_WITHIN_S)
                 load.phase("everything is there")
                 eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
 
@@ -99,8 +117,24 @@ def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir:
                 for kind in ("sole", "pair", "texts"):
                     assert set(seen[kind].searches) == {"OK"}, load.timeline
                     assert seen[kind].least_coverage == 1.0, load.timeline
+
             quiet()
-            load.phase("the end")
+            with grpc.insecure_channel(service.grpc) as channel:
+                cluster = ClusterServiceStub(channel)
+                load.phase("a shard is added")
+                job = cluster.AddShard(pb.AddShardRequest(collection="pair"), timeout=30)
+                eventually(lambda: succeeded(client, job), BACK_WITHIN_S)
+                eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+                assert len(shards(client, "pair")) == 3
+                load.tell(f"    slots by shard: {shards(client, 'pair')}")
+                added = load.phase("and is drained")
+                job = cluster.DrainShard(pb.DrainShardRequest(collection="pair", shard=2), timeout=30)
+                eventually(lambda: succeeded(client, job), BACK_WITHIN_S)
+                eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+                assert len(shards(client, "pair")) == 2
+            for seen in (added, load.phase("the end")):
+                assert set(seen["pair"].searches) == {"OK"}, load.timeline
+                assert seen["pair"].least_coverage == 1.0, load.timeline
         compare(client, load.acknowledged)
         began_s = time.monotonic()
         service.kill()
