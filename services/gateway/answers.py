@@ -22,7 +22,7 @@ from services.cache.envelope import AnswerEntry, due, fresh, includes
 from services.cache.single_flight import SingleFlight
 from services.cache.tier import CacheTier
 from services.deadline import Deadline
-from services.gateway.catalog import Served
+from services.gateway.served import Served
 from shard_router.errors import RingfortError
 
 log = logging.getLogger(__name__)
