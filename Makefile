@@ -83,10 +83,11 @@ bench: setup-dev $(if $(RIVALS),.venv-bench/.ready)  ## the ratios claimed, agai
 	$(BIN)/python -m loadtests.bench $(if $(ONLY),--only $(ONLY)) $(if $(IR),--ir $(IR))
 
 .venv-bench/.ready: constraints-bench.txt
-	@echo "installing other engines into .venv-bench (first time only)"
+	@echo "installing other engines and peers into .venv-bench (first time only)"
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-bench.txt \
-		torch sentence-transformers transformers ctranslate2 openvino onnxruntime onnx numpy
+		torch sentence-transformers transformers ctranslate2 openvino onnxruntime onnx numpy \
+		chromadb lancedb qdrant-edge-py 'psycopg[binary]' pyarrow fastapi uvicorn faiss-cpu
 	@touch $@
 
 fmt: setup-dev
