@@ -169,6 +169,7 @@ class Embedded:
         ):  # fmt: skip
             telemetry.parts.add(part, stats)
         telemetry.parts.add_each("model", models.stats_of_each)
+        telemetry.parts.add_each("ranker", rankers.stats_of_each)
         telemetry.parts.add_each("collection", catalog.stats_of_each)
 
         async def ready() -> str:

@@ -157,7 +157,7 @@ class ModelService:
         if known is None:
             return
         if isinstance(known, RegisteredRanker):
-            self._rankers.resolve(known.version.name, call.tenant, b"", "name")
+            self._rankers.require_live(known.version.name)
             return
         live = self._models.resolve(known.version.name, "name")
         if known.manifest.space != live.space:

@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from refusal import refused
@@ -244,7 +245,12 @@ def set_traffic(rpc: Rpc, name: str, version: str, percent: int) -> pb.Model:
 
 
 def test_a_canary_takes_its_share_and_every_answer_says_so(
-    rpc: Rpc, client: Client, make_collection: Callable[..., str], artifact: Artifact, name: str
+    rpc: Rpc,
+    web: httpx.Client,
+    client: Client,
+    make_collection: Callable[..., str],
+    artifact: Artifact,
+    name: str,
 ) -> None:
     space = uuid4().hex[:16]
     live = register(rpc, artifact("1", space=space)).variant
@@ -289,6 +295,9 @@ def test_a_canary_takes_its_share_and_every_answer_says_so(
         assert rpc.search.BatchSearch(texts).variant == variant
         liked = pb.RecommendRequest(collection=collection, like=[pb.Example(text="pear")], traffic_key=user)
         assert rpc.search.Recommend(liked).variant == variant
+        asked = {"model": name, "input": "apple", "user": user}
+        version = "2" if variant == canary else "1"
+        assert web.post("/v1/embeddings", json=asked).json()["model"] == f"{name}@{version}"
         exact = pb.EmbedRequest(model=f"{name}@1", texts=["apple"], traffic_key=user)
         assert rpc.embedding.Embed(exact).variant == live
     set_traffic(rpc, name, "2", 60)
