@@ -79,6 +79,8 @@ class ModelService:
         model = manifest.model
         if model == self._models.default.model or self._registered(model):
             raise AlreadyExists("model", model)
+        if any(ranker.version.name == manifest.name for ranker in self._rankers.registered()):
+            raise AlreadyExists("ranker", manifest.name)
         if model in self._registering:
             raise PreconditionFailed(f"model {model} is being registered already")
         self._registering.add(model)

@@ -205,7 +205,9 @@ def test_what_cannot_be_run_is_refused_and_leaves_nothing(
     assert register(rpc, artifact()).version == "1", "the name is not spent"
 
 
-def test_requests_that_make_no_sense_name_their_field(rpc: Rpc, artifact: Artifact, name: str) -> None:
+def test_requests_that_make_no_sense_name_their_field(
+    rpc: Rpc, service: Up, artifact: Artifact, name: str, tmp_path: Path
+) -> None:
     directory = artifact()
     whole = str(directory)
     for request, field in (
@@ -219,7 +221,15 @@ def test_requests_that_make_no_sense_name_their_field(rpc: Rpc, artifact: Artifa
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
     register(rpc, directory)
     assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
-    said(directory, name="all-minilm-l6-v2")
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({"name": f"{name}-rank", "version": "1", "features": {"sales": 1}}))
+    ranker = pb.RegisterModelRequest(artifact=str(weights), kind=pb.Model.RANKER)
+    rpc.model.Register(ranker)
+    assert refused(lambda: rpc.model.Register(ranker)).code == grpc.StatusCode.ALREADY_EXISTS
+    said(directory, name=f"{name}-rank", version="2")
+    assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
+    assert not list((service.data_dir / "models").glob(f"{name}-rank@2/*"))
+    said(directory, name="all-minilm-l6-v2", version="1")
     assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
     for traffic, code, field in (
         (pb.SetTrafficRequest(name=name, version="1", percent=101), "INVALID_ARGUMENT", "percent"),
