@@ -65,7 +65,8 @@ long: setup-dev  ## the kills, the random sequences and the soak in full; `make 
 	KILLS=$(or $(KILLS),200) SEEDS=$(or $(SEEDS),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
-		tests/e2e/process/test_process_soak.py
+		tests/e2e/process/test_process_soak.py \
+		tests/simulation/test_cache_consistency.py
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .
@@ -82,10 +83,11 @@ bench: setup-dev $(if $(RIVALS),.venv-bench/.ready)  ## the ratios claimed, agai
 	$(BIN)/python -m loadtests.bench $(if $(ONLY),--only $(ONLY)) $(if $(IR),--ir $(IR))
 
 .venv-bench/.ready: constraints-bench.txt
-	@echo "installing other engines into .venv-bench (first time only)"
+	@echo "installing other engines and peers into .venv-bench (first time only)"
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-bench.txt \
-		torch sentence-transformers transformers ctranslate2 openvino onnxruntime onnx numpy
+		torch sentence-transformers transformers ctranslate2 openvino onnxruntime onnx numpy \
+		chromadb lancedb qdrant-edge-py 'psycopg[binary]' pyarrow fastapi uvicorn faiss-cpu
 	@touch $@
 
 fmt: setup-dev

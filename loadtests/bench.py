@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtests import cache, corpus, e2e, embed, ingest, machine, observe, quality, search, start, tail
+from loadtests.peers import rows as peers
 from loadtests.run import Run
 from loadtests.scoreboard import FAMILIES, Measured, Row, entry, of_families
 
@@ -26,6 +27,7 @@ MEASURES: Mapping[str, Callable[[Run], Iterator[Measured]]] = {
     "e2e": e2e.measure,
     "tail": tail.measure,
     "observe": observe.measure,
+    "peers": peers.measure,
     "start": start.measure,
 }
 BUILD = Path(__file__).parents[1] / "build"

@@ -125,6 +125,11 @@ class Run:
         """Their vectors, float32 [documents, dim]."""
         return self._vectors[self._queries :]
 
+    @property
+    def query_vectors(self) -> np.ndarray:
+        """Vectors of packages kept out, float32 [queries, dim]."""
+        return self._vectors[: self._queries]
+
     def manifest(self, precision: str = "int8") -> ModelManifest:
         """The default model, built where it is not."""
         return ensure_model(self._models, precision=precision)

@@ -37,11 +37,20 @@ class Measured:
 
 
 _TORCH = "needs torch and sentence-transformers (the extra `models`), which are not installed here"
-_PEERS = "needs the peer and its client in .venv-bench"
 _NATIVE = "needs `server: native`, which this release does not have"
 _REINDEX = "this release has no Reindex"
 _CLUSTER = "this release has the embedded composition only"
 _LATER = "its load does not exist yet"
+
+#: What users would otherwise run, and what is compared with it.
+PEERS = ("pgvector", "chroma", "lancedb", "qdrant-edge")
+_PEER_LOADS = {
+    "c1": "one caller",
+    "c16": "16 callers",
+    "batch32": "batches of 32",
+    "filter1": "a 1% filter, 16 callers",
+    "ingest": "ready vectors until indexed",
+}
 
 ROWS = (
     Row("quality.rank_points", "quality", "INT8's order of pairs, points short of FP32's", 0.5, 0.1, True),
@@ -67,7 +76,11 @@ ROWS = (
     Row("search.added_ms.c1", "search", "Search p50 less FAISS's, ms", 0.8, 0.6, True),
     Row("search.added_ms.c1.native", "search", "the same, native server", 0.4, 0.2, True, _NATIVE),
     Row("search.filter1_vs_gather", "search", "1% filter, 16 callers, over a gather in process", 0.25, 0.5),
-    Row("search.vs_peer", "search", "against each peer at the same recall", 1, 2, absent=_PEERS),
+    *(
+        Row(f"search.vs_peer.{peer}.{load}", "peers", f"over {peer}, {what}", 1, 2)
+        for peer in PEERS
+        for load, what in _PEER_LOADS.items()
+    ),
     Row("ingest.vectors_vs_copy", "ingest", "durable vectors over bare COPY", 0.10, 0.3),
     Row("ingest.text_vs_engine", "ingest", "texts over ONNX Runtime alone", 0.70, 0.95),
     Row("cache.vs_empty_rpc.aio", "cache", "cached Search over an empty call, 16 callers", 0.6, 0.8),

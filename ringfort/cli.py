@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfort.commands import cluster, collections, documents, jobs, load, models, observe, queries, service
+from ringfort.commands import (
+    cache,
+    cluster,
+    collections,
+    documents,
+    jobs,
+    load,
+    models,
+    observe,
+    queries,
+    service,
+)
 from ringfort.version import __version__
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -43,6 +54,9 @@ for _command in (
     cluster_app.command()(_command)
 cluster_app.command(name="hot-keys")(cluster.hot_keys)
 app.add_typer(cluster_app, name="cluster", rich_help_panel="Run")
+cache_app = typer.Typer(help="Fill the cache.", no_args_is_help=True)
+cache_app.command()(cache.warm)
+app.add_typer(cache_app, name="cache", rich_help_panel="Run")
 jobs_app = typer.Typer(help="Long operations.", no_args_is_help=True)
 jobs_app.command(name="list")(jobs.show)
 for _command in (jobs.watch, jobs.cancel):

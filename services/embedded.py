@@ -49,6 +49,7 @@ from services.gateway.servicers import (
     IndexService,
     SearchService,
 )
+from services.gateway.warming import Warming
 from services.metadata.store import Store
 from services.ranker.ranker import Ranker
 from services.shard.local_shards import LocalShards
@@ -149,6 +150,7 @@ class Embedded:
                     resharder,
                     cache,
                     answers,
+                    Warming(answers),
                     self._config,
                     release=self._release,
                     composition=self.composition,
@@ -167,6 +169,7 @@ class Embedded:
         ):  # fmt: skip
             telemetry.parts.add(part, stats)
         telemetry.parts.add_each("model", models.stats_of_each)
+        telemetry.parts.add_each("ranker", rankers.stats_of_each)
         telemetry.parts.add_each("collection", catalog.stats_of_each)
 
         async def ready() -> str:

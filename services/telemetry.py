@@ -35,7 +35,7 @@ LATENCY_BUCKETS_S = (
 STAGES = {
     "queue": "embedder", "tokenize": "embedder", "inference": "embedder",
     "l1": "cache", "redis": "cache",
-    "fanout": "gateway", "faiss": "shard", "merge": "gateway", "rank": "ranker",
+    "fanout": "gateway", "search": "shard", "faiss": "shard", "merge": "gateway", "rank": "ranker",
     "commit": "gateway", "visible": "gateway", "pool": "metadata", "postgres": "metadata",
 }  # fmt: skip
 #: Models and collections with figures of their own; beyond that nothing is told of one.

@@ -14,11 +14,15 @@ from ringfort.scrape import Scrape, fetch
 #: What may be held at the end beyond the beginning.
 BOUNDS: Mapping[str, Bound] = {
     "memory_bytes": Bound(16 * 2**20, 0.05),
+    # Segments come with every seal and go with every merge of eight, so their number swings.
+    "segments": Bound(8),
     "handles": Bound(8),
     "threads": Bound(4),
     "connections": Bound(4),
     "queued": Bound(32),
 }
+#: Handles of an open segment: its files are mapped.
+_SEGMENT_HANDLES = 3
 _QUEUES = (
     "ringfort_embedder_queue_texts",
     "ringfort_shard_waiting_queries",
@@ -74,10 +78,12 @@ class Vitals:
             self._failed = error
 
     def _figures(self, process: psutil.Process, scrape: Scrape) -> dict[str, float]:
+        segments = scrape.value("ringfort_shard_segments")
         return {
             # Of its own: pages of mapped segments are the system's to keep or take back.
             "memory_bytes": float(self._service.resident()["Pss_Anon"]),
-            "handles": float(process.num_fds()),
+            "segments": segments,
+            "handles": process.num_fds() - _SEGMENT_HANDLES * segments,
             "threads": float(process.num_threads()),
             "connections": float(len(process.net_connections("tcp"))),
             "queued": sum(scrape.value(name) for name in _QUEUES),

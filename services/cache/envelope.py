@@ -103,7 +103,7 @@ def due(entry: AnswerEntry, now_ms: int, max_staleness_ms: int, chance: float) -
 
 def fresh(
     entry: AnswerEntry,
-    known: Mapping[str, int],
+    known: Mapping[str, int] | None,
     now_ms: int,
     max_staleness_ms: int,
     *,
@@ -112,13 +112,15 @@ def fresh(
     """Whether the answer may be served: it includes all that is known, or is `max_staleness_ms` old at most.
 
     `known`: log_id -> latest position the caller knows of, for each log of the collection. An entry of
-    other logs than these is never served, however young. The age counts from `superseded_at_ms`, the
+    other logs than these is never served, however young. None where the caller cannot say what is known:
+    then the age alone decides. The age counts from `superseded_at_ms`, the
     moment the first position beyond the entry's became known, or from when the entry was made, which
     is earlier. An entry that claims to be from the future has no age to trust.
     """
-    if entry.positions.keys() != known.keys():
-        return False
-    if includes(entry, known):
-        return True
+    if known is not None:
+        if entry.positions.keys() != known.keys():
+            return False
+        if includes(entry, known):
+            return True
     since_ms = entry.stored_at_ms if superseded_at_ms is None else superseded_at_ms
     return 0 <= now_ms - since_ms <= max_staleness_ms and max_staleness_ms > 0

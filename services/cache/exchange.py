@@ -100,6 +100,8 @@ class Exchange:
             return await self._second.run(HOT_KEYS, command, HOT_KEYS, *arguments)
         except (RedisError, OSError) as error:
             logger.debug("hot keys were not exchanged: %s", error)
+            if str(error).startswith("WRONGTYPE"):  # somebody's, in the place of the reports
+                await self._ask("DEL")
             return None
 
     async def _run(self) -> None:

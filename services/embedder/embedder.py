@@ -62,6 +62,13 @@ class Embedded:
     tokenize_ms: float
     inference_ms: float
 
+    def tell_stages(self) -> None:
+        """A call has just got this: count its stages, wherever the model ran."""
+        tokenize_s, inference_s = self.tokenize_ms / 1e3, self.inference_ms / 1e3
+        _QUEUE.took(self.queue_ms / 1e3, tokenize_s + inference_s)
+        _TOKENIZE.took(tokenize_s, inference_s)
+        _INFERENCE.took(inference_s)
+
 
 @dataclass(slots=True)
 class _Call:
@@ -165,9 +172,7 @@ class Embedder:
                         self._counts["abandoned_texts_total"] += call.left
                     self._waiting.drop(number)
         embedded = call.answer()
-        _QUEUE.took(embedded.queue_ms / 1e3, (embedded.tokenize_ms + embedded.inference_ms) / 1e3)
-        _TOKENIZE.took(embedded.tokenize_ms / 1e3, embedded.inference_ms / 1e3)
-        _INFERENCE.took(embedded.inference_ms / 1e3)
+        embedded.tell_stages()
         return embedded
 
     async def close(self) -> None:

@@ -2,7 +2,8 @@
 
 An entry says which log position it certainly includes and is served only while nothing later is known
 (or within the staleness the collection or the request allows). What is known comes from this gateway's own
-commits, never from Redis.
+commits and what it hears of others', never from Redis; where it cannot say (its lease is over), nothing is
+exact and nothing is shared.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from services.cache.envelope import AnswerEntry, due, fresh, includes
 from services.cache.single_flight import SingleFlight
 from services.cache.tier import CacheTier
 from services.deadline import Deadline
-from services.gateway.catalog import Served
+from services.gateway.served import Served
 from shard_router.errors import RingfortError
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,28 @@ class Question:
     min_coverage: float
 
 
+#: log_id -> the position that an exact answer has to include; None where this gateway cannot say.
+Known = Callable[[Served], Mapping[str, int] | None]
+
+
+def known_here(served: Served) -> Mapping[str, int]:
+    """What the one gateway there is knows: all that was committed."""
+    return {served.log_id: served.position}
+
+
 class Answers:
     """Serialized answers by what was asked."""
 
-    def __init__(self, cache: CacheTier, *, ttl_s: float, rng: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        cache: CacheTier,
+        *,
+        ttl_s: float,
+        known: Known = known_here,
+        rng: random.Random | None = None,
+    ) -> None:
         self._cache = cache
+        self._known = known
         self._ttl_s = ttl_s
         self._rng = rng or random.Random()
         self._flights = SingleFlight()
@@ -109,9 +127,9 @@ class Answers:
         entry = self._good(served, name, value, at_least, max_staleness_ms)
         if entry is None:
             return None
-        if not includes(entry, _known(served)) and due(
-            entry, _now_ms(), max_staleness_ms, self._rng.random()
-        ):
+        known = self._known(served)
+        exact = known is not None and includes(entry, known)
+        if not exact and due(entry, _now_ms(), max_staleness_ms, self._rng.random()):
             self.refresh(served, question)
         return Cached(entry.body, TIERS[tier])
 
@@ -137,7 +155,8 @@ class Answers:
         answer older than a write acknowledged before the request came, and that ask for the same coverage.
         Where other gateways use the same Redis, one of them computes and the others wait for its answer.
         """
-        position = served.position
+        known = self._known(served)
+        position = 0 if known is None else known[served.log_id]
 
         async def make() -> Cached | Computed:
             made = await question.compute(served, deadline)
@@ -157,6 +176,10 @@ class Answers:
             if entry is None or not includes(entry, {served.log_id: max(position, at_least)}):
                 return None
             return Cached(entry.body, pb.REDIS)
+
+        if known is None:
+            # What is under way may have begun before a write that was acknowledged since.
+            return await make()
 
         async def lead() -> Cached | Computed:
             if not self._cache.shared:
@@ -201,7 +224,8 @@ class Answers:
         """Whether L1 has an exact answer; not a read."""
         value = self._cache.held(question.name(served))
         entry = AnswerEntry.decode(value) if value is not None else None
-        return entry is not None and includes(entry, _known(served))
+        known = self._known(served)
+        return entry is not None and known is not None and includes(entry, known)
 
     def keep(self, served: Served, answers: Sequence[tuple[bytes, Computed]]) -> None:
         """Keep the answers that may be kept."""
@@ -224,8 +248,8 @@ class Answers:
         entry = AnswerEntry.decode(value)
         if entry is None:
             return None
-        seen = entry.positions.get(served.log_id, 0) >= at_least
-        if seen and fresh(entry, _known(served), _now_ms(), max_staleness_ms):
+        seen = entry.positions.get(served.log_id, -1) >= at_least
+        if seen and fresh(entry, self._known(served), _now_ms(), max_staleness_ms):
             return entry
         self._superseded += 1
         if max_staleness_ms == 0:
@@ -242,10 +266,6 @@ class Answers:
             "hot_questions": len(self._hot),
             **self._flights.stats(),
         }
-
-
-def _known(served: Served) -> dict[str, int]:
-    return {served.log_id: served.position}
 
 
 def _now_ms() -> int:

@@ -27,7 +27,7 @@ from shard_router.resharding import Copy
 
 log = logging.getLogger(__name__)
 
-_FANOUT, _MERGE = stage("fanout"), stage("merge")
+_SEARCH, _FANOUT, _MERGE = stage("search"), stage("fanout"), stage("merge")
 
 #: A method of a replica that searches.
 _Ask = Callable[..., Awaitable[ShardAnswer[Hits]]]
@@ -137,6 +137,8 @@ class FanOut:
         else:
             hits = [merge([answer.hits[i] for answer in good], k) for i in range(len(queries))]
         merge_s = time.perf_counter() - searched
+        for answer in good:
+            _SEARCH.took(answer.took_ms / 1e3, merge_s)
         _FANOUT.took(searched - began, merge_s)
         _MERGE.took(merge_s)
         return Found(

@@ -172,8 +172,9 @@ class Http:
         encoding = body.get("encoding_format", "float")
         if encoding not in ("float", "base64"):
             raise InvalidField("encoding_format", f"{encoding!r} is neither float nor base64")
+        asked = {"model": body.get("model", ""), "dimensions": body.get("dimensions", 0)}
         request = _parsed(
-            {"texts": texts, "model": body.get("model", ""), "dimensions": body.get("dimensions", 0)},
+            asked | {"texts": texts, "traffic_key": body.get("user") or ""},
             pb.EmbedRequest(input_type=pb.DOCUMENT),
         )
         with _fields_as_asked("texts", "input"):

@@ -79,6 +79,8 @@ class ModelService:
         model = manifest.model
         if model == self._models.default.model or self._registered(model):
             raise AlreadyExists("model", model)
+        if any(ranker.version.name == manifest.name for ranker in self._rankers.registered()):
+            raise AlreadyExists("ranker", manifest.name)
         if model in self._registering:
             raise PreconditionFailed(f"model {model} is being registered already")
         self._registering.add(model)
@@ -157,7 +159,7 @@ class ModelService:
         if known is None:
             return
         if isinstance(known, RegisteredRanker):
-            self._rankers.resolve(known.version.name, call.tenant, b"", "name")
+            self._rankers.require_live(known.version.name)
             return
         live = self._models.resolve(known.version.name, "name")
         if known.manifest.space != live.space:

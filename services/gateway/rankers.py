@@ -1,6 +1,7 @@
 """The rankers by name: the one that comes with the release, and versions of weights that were registered."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,8 @@ class Rankers:
         #: By name.
         self._live: dict[str, RegisteredRanker] = {}
         self._canaries: dict[str, tuple[Canary, RegisteredRanker]] = {}
+        #: Requests by NAME@VERSION.
+        self._chosen: Counter[str] = Counter()
 
     def registered(self) -> list[RegisteredRanker]:
         """Every registered version, by name and version."""
@@ -79,6 +82,20 @@ class Rankers:
 
         No name is the release's own. NotFound; PreconditionFailed for a name of which no version is live.
         """
+        chosen = self._resolved(name, tenant, key, field)
+        self._chosen[chosen.model] += 1
+        return chosen
+
+    def require_live(self, name: str) -> None:
+        """PreconditionFailed where no version of a name is live."""
+        if name not in self._live:
+            raise _none_live(name)
+
+    def stats_of_each(self) -> dict[str, Mapping[str, float]]:
+        """How many requests every ranker got, those answered from a cache among them, by NAME@VERSION."""
+        return {model: {"requests_total": requests} for model, requests in self._chosen.items()}
+
+    def _resolved(self, name: str, tenant: str, key: bytes, field: str) -> Chosen:
         if name in ("", Ranker.name, Ranker.version):
             return Chosen()
         if (exact := self._registered.get(name)) is not None:
@@ -87,6 +104,10 @@ class Rankers:
             return self._canaries[name][1].chosen
         if name in self._live:
             return self._live[name].chosen
-        if any(ranker.version.name == name for ranker in self._registered.values()):
-            raise PreconditionFailed(f"no version of ranker {name!r} is live: promote or name one in full")
-        raise NotFound("ranker", name, field)
+        if all(ranker.version.name != name for ranker in self._registered.values()):
+            raise NotFound("ranker", name, field)
+        raise _none_live(name)
+
+
+def _none_live(name: str) -> PreconditionFailed:
+    return PreconditionFailed(f"no version of ranker {name!r} is live: promote or name one in full")

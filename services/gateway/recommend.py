@@ -294,10 +294,10 @@ def _diversify_stage(request: pb.RecommendRequest, ranked: Ranked) -> pb.Stage:
 
 
 def _query_bytes(request: pb.RecommendRequest) -> bytes:
-    """What the answer depends on: the request without where and how to cache it."""
+    """What the answer depends on: the request without where, for whom and how to cache it."""
     asked = pb.RecommendRequest()
     asked.CopyFrom(request)
-    for field in ("collection", "read_after", "min_coverage", "max_staleness_ms", "cache"):
+    for field in ("collection", "read_after", "min_coverage", "max_staleness_ms", "cache", "traffic_key"):
         asked.ClearField(field)
     # Map fields have no order of their own; deterministic serialization sorts them.
     return asked.SerializeToString(deterministic=True)

@@ -130,7 +130,9 @@ class RemoteEmbedder:
         for i, text in enumerate(texts):
             text_size(i, text)
         self._coalescer.in_flight = _IN_FLIGHT * max(1, len(self._replicas))
-        return await self._coalescer.ask(input_type, texts, len(texts), deadline)
+        embedded = await self._coalescer.ask(input_type, texts, len(texts), deadline)
+        embedded.tell_stages()
+        return embedded
 
     async def close(self) -> None:
         """Ask them nothing more."""

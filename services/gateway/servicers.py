@@ -30,6 +30,7 @@ from services.gateway.recommend import Recommend
 from services.gateway.resharder import Job, Resharder
 from services.gateway.retrieval import Retrieval
 from services.gateway.streams import in_order
+from services.gateway.warming import Warming
 from services.metadata.jobs import JobState
 from shard_router.errors import InvalidField, NotFound, PreconditionFailed
 from shard_router.shard_map import Steady
@@ -49,6 +50,8 @@ JOB_STATES = {
 }
 MAX_SHARDS = 64
 DEFAULT_HOT_KEYS, MAX_HOT_KEYS = 20, 1_024
+#: Answers to warm, in all and a second.
+DEFAULT_WARMED, MAX_WARM_RATE = 20, 1_000
 MAX_REPLICAS = 64
 
 
@@ -365,6 +368,7 @@ class ClusterService:
         resharder: Resharder,
         cache: CacheTier,
         answers: Answers,
+        warming: Warming,
         config: Config,
         *,
         release: str,
@@ -375,6 +379,7 @@ class ClusterService:
         self._resharder = resharder
         self._cache = cache
         self._answers = answers
+        self._warming = warming
         self._config = config
         self._release, self._composition = release, composition
         self._components = components
@@ -435,6 +440,16 @@ class ClusterService:
         if not 1 <= request.replicas <= MAX_REPLICAS:
             raise InvalidField("replicas", f"{request.replicas} is not between 1 and {MAX_REPLICAS}")
         return job_message(await self._resharder.set_replicas(served, request.replicas))
+
+    async def WarmCache(self, request: pb.WarmCacheRequest, call: Call) -> pb.WarmCacheResponse:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        limit, rate = request.limit or DEFAULT_WARMED, request.rate or DEFAULT_WARMED
+        if not 0 < rate <= MAX_WARM_RATE:
+            raise InvalidField("rate", f"{rate} is not between 0 and {MAX_WARM_RATE}")
+        warmed = await self._warming.warm(served, limit=limit, rate=rate, deadline=call.deadline)
+        return pb.WarmCacheResponse(
+            known=warmed.known, computed=warmed.computed, failed=warmed.failed, left=warmed.left
+        )
 
     async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
         answers, cache = self._answers.stats(), self._cache.stats()

@@ -10,6 +10,7 @@ from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.embedder.onnx_model import OnnxModel
 from services.gateway.endpoints import EmbedderEndpoint
+from services.trace import CURRENT, Trace
 from shard_router.errors import DeadlineExceeded, EmbedderUnavailable, InvalidField, Overloaded
 
 TEXTS = ["a", "how to bake bread", "word " * 2_000, ""]
@@ -56,3 +57,17 @@ async def test_closed_it_embeds_nothing(embedder: EmbedderEndpoint) -> None:
     await embedder.close()
     with pytest.raises(EmbedderUnavailable):
         await embedder.embed(["x"], InputType.QUERY, soon())
+
+
+async def test_the_trace_of_a_call_hears_of_its_stages(embedder: EmbedderEndpoint) -> None:
+    spans: dict[str, float] = {}
+    token = CURRENT.set(Trace("ab" * 16, lambda name, seconds, ago_s: spans.update({name: seconds})))
+    try:
+        made = await embedder.embed(["traced"], InputType.QUERY, soon())
+    finally:
+        CURRENT.reset(token)
+    assert spans == {
+        "embedder.queue": made.queue_ms / 1e3,
+        "embedder.tokenize": made.tokenize_ms / 1e3,
+        "embedder.inference": made.inference_ms / 1e3,
+    }

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from refusal import refused
 from rpc import Rpc
 
 from protos.ringfort import v1 as pb
@@ -227,3 +228,30 @@ def test_hot_keys_tell_what_is_asked_for_and_not_what_it_says(rpc: Rpc, client: 
     assert [key.count for key in told] == sorted((key.count for key in told), reverse=True)
     assert any(key.kind == "embedding" for key in told)
     assert len(rpc.cluster.HotKeys(pb.HotKeysRequest(limit=1)).keys) == 1
+
+
+def test_hot_answers_are_warmed_after_a_write(rpc: Rpc, client: Client, filled: str) -> None:
+    def hot() -> bool:
+        for _ in range(200):
+            client.search(filled, text=TEXT)
+        return client.warm_cache(filled).known > 0
+
+    # Which keys are hot is looked at every two seconds.
+    assert any(hot() for _ in range(100))
+    client.upsert(filled, [{"id": "new", "text": TEXT}])
+    assert client.search(filled, text="another text").served_from == "INDEX"
+    warmed = client.warm_cache(filled)
+    assert (warmed.computed, warmed.failed, warmed.left) == (1, 0, 0)
+    found = client.search(filled, text=TEXT)
+    assert (found.served_from, "new" in ids(found)) == ("L1", True)
+    assert client.warm_cache(filled).computed == 0
+
+
+def test_warming_has_bounds(rpc: Rpc, collection: str) -> None:
+    for request, named in (
+        (pb.WarmCacheRequest(collection=collection, rate=1_001), "rate"),
+        (pb.WarmCacheRequest(collection=collection, rate=-1), "rate"),
+        (pb.WarmCacheRequest(collection=collection, rate=float("nan")), "rate"),
+        (pb.WarmCacheRequest(collection="none"), "collection"),
+    ):
+        assert refused(lambda request=request: rpc.cluster.WarmCache(request)).field == named

@@ -11,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from refusal import refused
@@ -204,7 +205,9 @@ def test_what_cannot_be_run_is_refused_and_leaves_nothing(
     assert register(rpc, artifact()).version == "1", "the name is not spent"
 
 
-def test_requests_that_make_no_sense_name_their_field(rpc: Rpc, artifact: Artifact, name: str) -> None:
+def test_requests_that_make_no_sense_name_their_field(
+    rpc: Rpc, service: Up, artifact: Artifact, name: str, tmp_path: Path
+) -> None:
     directory = artifact()
     whole = str(directory)
     for request, field in (
@@ -218,7 +221,15 @@ def test_requests_that_make_no_sense_name_their_field(rpc: Rpc, artifact: Artifa
         assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
     register(rpc, directory)
     assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
-    said(directory, name="all-minilm-l6-v2")
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({"name": f"{name}-rank", "version": "1", "features": {"sales": 1}}))
+    ranker = pb.RegisterModelRequest(artifact=str(weights), kind=pb.Model.RANKER)
+    rpc.model.Register(ranker)
+    assert refused(lambda: rpc.model.Register(ranker)).code == grpc.StatusCode.ALREADY_EXISTS
+    said(directory, name=f"{name}-rank", version="2")
+    assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
+    assert not list((service.data_dir / "models").glob(f"{name}-rank@2/*"))
+    said(directory, name="all-minilm-l6-v2", version="1")
     assert refused(lambda: register(rpc, directory)).code == grpc.StatusCode.ALREADY_EXISTS
     for traffic, code, field in (
         (pb.SetTrafficRequest(name=name, version="1", percent=101), "INVALID_ARGUMENT", "percent"),
@@ -244,7 +255,12 @@ def set_traffic(rpc: Rpc, name: str, version: str, percent: int) -> pb.Model:
 
 
 def test_a_canary_takes_its_share_and_every_answer_says_so(
-    rpc: Rpc, client: Client, make_collection: Callable[..., str], artifact: Artifact, name: str
+    rpc: Rpc,
+    web: httpx.Client,
+    client: Client,
+    make_collection: Callable[..., str],
+    artifact: Artifact,
+    name: str,
 ) -> None:
     space = uuid4().hex[:16]
     live = register(rpc, artifact("1", space=space)).variant
@@ -289,6 +305,9 @@ def test_a_canary_takes_its_share_and_every_answer_says_so(
         assert rpc.search.BatchSearch(texts).variant == variant
         liked = pb.RecommendRequest(collection=collection, like=[pb.Example(text="pear")], traffic_key=user)
         assert rpc.search.Recommend(liked).variant == variant
+        asked = {"model": name, "input": "apple", "user": user}
+        version = "2" if variant == canary else "1"
+        assert web.post("/v1/embeddings", json=asked).json()["model"] == f"{name}@{version}"
         exact = pb.EmbedRequest(model=f"{name}@1", texts=["apple"], traffic_key=user)
         assert rpc.embedding.Embed(exact).variant == live
     set_traffic(rpc, name, "2", 60)

@@ -147,7 +147,7 @@ def test_a_trace_goes_through_all_parts(collector: tuple[Collector, int], channe
     }
     embedded = {"embedder.queue", "embedder.tokenize", "embedder.inference"}
     assert below["Upsert"] >= embedded | {"gateway.commit", "gateway.visible", "metadata.postgres"}
-    assert below["Search"] >= embedded | {"cache.redis", "gateway.fanout", "shard.faiss"}
+    assert below["Search"] >= embedded | {"cache.redis", "gateway.fanout", "shard.search", "shard.faiss"}
 
 
 @pytest.mark.parametrize(

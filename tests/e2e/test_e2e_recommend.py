@@ -317,6 +317,8 @@ def test_a_canary_ranks_for_its_share_of_the_users(
         found = [
             client.recommend(documents, like=["d010"], ranker=name, traffic_key=f"u{i}") for i in range(60)
         ]
+        # Users of one version share its answers.
+        assert sum(result.served_from == "INDEX" for result in found) <= 2
         return [result.ranker for result in found]
 
     first = met()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from protos.ringfort import v1 as pb
 from services.cache.tier import CacheTier
 from services.deadline import Deadline
-from services.gateway.answers import Answers, Cached, Computed, Question
+from services.gateway.answers import Answers, Cached, Computed, Known, Question, known_here
 
 PATIENT_MS = 10_000
 
@@ -33,18 +33,20 @@ class Gateway:
     served: SimpleNamespace
 
     @classmethod
-    async def open(cls, redis_url: str) -> "Gateway":
+    async def open(cls, redis_url: str, *, known: Known = known_here) -> "Gateway":
         cache = CacheTier(l1_bytes=1_000_000, redis_url=redis_url, op_timeout_ms=PATIENT_MS)
         await cache.open()
         served = SimpleNamespace(log_id="log", position=5, collection=SimpleNamespace(uid=7))
-        return cls(cache, Answers(cache, ttl_s=60), served)
+        return cls(cache, Answers(cache, ttl_s=60, known=known), served)
 
     async def close(self) -> None:
         await self.answers.close()
         await self.cache.close()
 
-    def computed(self, body: bytes) -> Computed:
-        return Computed(body, self.served.position, int(time.time() * 1000), True, pb.Timings())
+    def computed(self, body: bytes, position: int | None = None) -> Computed:
+        """An answer that includes the position, or all that is known."""
+        includes = self.served.position if position is None else position
+        return Computed(body, includes, int(time.time() * 1000), True, pb.Timings())
 
     async def ask(
         self,

@@ -104,15 +104,17 @@ async def test_a_leader_who_is_killed_is_replaced_when_its_lease_runs_out(new_ga
     asked = question()
     program = [sys.executable, str(Path(__file__).parent / "stampede.py"), redis_url, asked.hex()]
     with subprocess.Popen(program, stdout=subprocess.PIPE) as leader:  # noqa: ASYNC220 - a moment
-        assert await asyncio.to_thread(leader.stdout.readline) == b"computing\n"
-        gateway = await new_gateway()
-        assert gateway.cache.shared
-        computing = Computing()
-        computing.go.set()
-        crowd = [asyncio.create_task(gateway.ask(asked, computing)) for _ in range(CROWD)]
-        await until(lambda: gateway.cache.stats()["lease_waiting"])
-        assert computing.begun == 0
-        leader.kill()
+        try:
+            assert await asyncio.to_thread(leader.stdout.readline) == b"computing\n"
+            gateway = await new_gateway()
+            assert gateway.cache.shared
+            computing = Computing()
+            computing.go.set()
+            crowd = [asyncio.create_task(gateway.ask(asked, computing)) for _ in range(CROWD)]
+            await until(lambda: gateway.cache.stats()["lease_waiting"])
+            assert computing.begun == 0
+        finally:
+            leader.kill()
         answers = await asyncio.gather(*crowd)
     assert {answer.body for answer in answers} == {b"answer 1"}
     assert computing.begun == 1  # the killed one's own was the other

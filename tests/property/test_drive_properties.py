@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.drive import arrivals
@@ -18,6 +18,7 @@ RATES = st.floats(0.5, 200)
 SECONDS = st.floats(0.5, 20)
 
 
+@settings(deadline=None)
 @given(SECONDS, RATES, st.floats(0, 20), st.floats(0.1, 5), st.floats(1, 10))
 def test_pieces_cover_the_run_with_one_spike_in_it(
     seconds: float, rate: float, at_s: float, for_s: float, factor: float
@@ -29,6 +30,7 @@ def test_pieces_cover_the_run_with_one_spike_in_it(
     assert calls == pytest.approx(rate * (seconds - within) + rate * factor * within)
 
 
+@settings(deadline=None)
 @given(SECONDS, RATES, st.integers(1, 4))
 def test_constant_arrivals_of_all_sharers_are_evenly_apart(seconds: float, rate: float, shares: int) -> None:
     rates = arrivals.pieces(seconds, rate)
@@ -40,6 +42,7 @@ def test_constant_arrivals_of_all_sharers_are_evenly_apart(seconds: float, rate:
     assert all(0 <= at_s <= seconds for at_s in all_s)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_poisson_arrivals_rise_and_keep_their_rate_through_a_spike(seed: int, shares: int) -> None:
     rates = arrivals.pieces(30.0, 40.0, [(10.0, 10.0, 10.0)])
@@ -61,6 +64,7 @@ def test_poisson_gaps_are_exponential() -> None:
     assert (gaps > 1).mean() == pytest.approx(math.exp(-1), abs=0.02)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([Uniform(), Zipf(0.8), Zipf(2.0), Hot(0.9, 0.1), Hot(0.5, 1.0), Hot(0.9, 0.3, 2.0)]),
     st.integers(1, 50),
@@ -87,6 +91,7 @@ def test_keys_have_the_shares_they_are_named_for() -> None:
         assert ((found - first) % population < 10).mean() == pytest.approx(0.9, abs=0.02)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-5, 100), min_size=1, max_size=200), st.sampled_from([50.0, 90.0, 99.0, 100.0]))
 def test_a_quantile_is_a_value_that_so_many_keep_within(seconds: list[float], percent: float) -> None:
     latencies = Latencies()
@@ -99,6 +104,7 @@ def test_a_quantile_is_a_value_that_so_many_keep_within(seconds: list[float], pe
     assert told == pytest.approx(true, rel=2e-3, abs=2e-3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(1e-4, 10)), max_size=60), st.integers(1, 4))
 def test_the_parts_of_several_processes_add_up(calls: list[tuple[str, float]], parts: int) -> None:
     whole, split = Tallies(), [Tallies() for _ in range(parts)]
@@ -117,6 +123,7 @@ def test_the_parts_of_several_processes_add_up(calls: list[tuple[str, float]], p
         assert joined.seconds[number].latency.count == second.latency.count
 
 
+@settings(deadline=None)
 @given(st.floats(1, 1e5), st.floats(1, 1e4))
 def test_saturation_is_found_to_within_a_tenth(true_rate: float, first: float) -> None:
     steps: list[Step] = []

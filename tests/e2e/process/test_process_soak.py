@@ -22,7 +22,7 @@ SECONDS = 60 * float(os.environ.get("SOAK_MIN", "0.2"))
 #: So small that caches are full and segments sealed and merged again and again from the first minute on.
 SETTINGS = {
     "RINGFORT_CACHE__L1_BYTES": str(2 * 1024 * 1024),
-    "RINGFORT_SHARD__MEMTABLE_ROWS": "500",
+    "RINGFORT_SHARD__MEMTABLE_ROWS": "100",
 }
 KEPT = Path(__file__).parents[3] / "build" / "soak.json"
 

@@ -69,7 +69,7 @@ def test_without_a_command_it_says_what_there_is(run: Any) -> None:
     outcome = run()
     assert outcome.code == 0
     assert set(re.findall(r"^│ (\w+)", outcome.out, re.MULTILINE)) == {
-        *("up", "demo", "top", "profile", "cluster", "jobs", "models"),
+        *("up", "demo", "top", "profile", "cache", "cluster", "jobs", "models"),
         *("search", "recommend", "embed"),
         *("collections", "create"),
         *("load", "count", "get", "scan", "delete"),
@@ -621,3 +621,56 @@ def test_a_state_directory_that_cannot_be_written_is_no_reason_to_stop(
 def test_a_file_that_is_not_there(run: Any) -> None:
     outcome = run("load", "c", "nowhere.tsv", "--id", "id")
     assert (outcome.code, outcome.err) == (1, "ringfort: nowhere.tsv: No such file or directory\n")
+
+
+class TestCacheWarm:
+    """`cache warm`, from a log and from what is hot."""
+
+    def test_a_query_log_is_asked_line_by_line(self, fake: FakeService, run: Any, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        log.write_text('first text\n\n{"text": "second", "k": 3, "filter": {"text": "a < 1"}}\nthird\n')
+        tiers = iter((pb.INDEX, pb.L1, pb.INDEX))
+        fake.answers["SearchService/Search"] = lambda *_: pb.SearchResponse(served_from=next(tiers))
+        told = run("cache", "warm", "packages", "--queries", str(log), "--rate", "1000", "--json")
+        assert [(r.collection, r.text, r.k, r.filter.text) for r in fake.requests] == [
+            ("packages", "first text", 0, ""),
+            ("packages", "second", 3, "a < 1"),
+            ("packages", "third", 0, ""),
+        ]
+        assert json.loads(told.lines[-1]) == {"computed": 2, "cached": 1, "failed": 0}
+        assert told.code == 0
+
+    def test_no_more_than_the_limit_is_asked(self, fake: FakeService, run: Any, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        log.write_text("".join(f"{i}\n" for i in range(100)))
+        _answer(fake, "SearchService/Search", pb.SearchResponse())
+        told = run("cache", "warm", "c", "--queries", str(log), "--rate", "1000", "--limit", "7")
+        assert told.lines == ["7 answers computed, 0 were in the cache, 0 failed"]
+        assert len(fake.requests) == 7
+
+    def test_a_line_that_is_no_request_is_named(self, fake: FakeService, run: Any, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        log.write_text('{"text": "fine"}\n{"texts": "?"}\n')
+        _answer(fake, "SearchService/Search", pb.SearchResponse())
+        told = run("cache", "warm", "c", "--queries", str(log), "--rate", "1000")
+        assert told.code == 1
+        assert "line 2" in told.err
+
+    def test_hot_answers_are_computed_a_second_s_worth_at_a_time(self, fake: FakeService, run: Any) -> None:
+        answers = iter(
+            (
+                pb.WarmCacheResponse(known=12, computed=5, left=5),
+                pb.WarmCacheResponse(known=12, computed=4, failed=1, left=1),
+            )
+        )
+        fake.answers["ClusterService/WarmCache"] = lambda *_: next(answers)
+        told = run("cache", "warm", "c", "--hot-keys", "--rate", "5", "--json")
+        assert [(r.limit, r.rate) for r in fake.requests] == [(5, 5.0), (5, 5.0)]
+        assert json.loads(told.lines[-1]) == {"computed": 9, "cached": 2, "failed": 1}
+
+    def test_where_nothing_could_be_computed_it_fails(self, fake: FakeService, run: Any) -> None:
+        _answer(fake, "ClusterService/WarmCache", pb.WarmCacheResponse(known=3, failed=3, left=3))
+        assert run("cache", "warm", "c").code == 1
+
+    def test_one_source_at_a_time(self, run: Any) -> None:
+        assert run("cache", "warm", "c", "--hot-keys", "--queries", "x").code == 2

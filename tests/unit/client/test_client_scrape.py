@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -16,6 +16,7 @@ def scrape(telemetry: Telemetry, at_s: float) -> Scrape:
     return Scrape.read(telemetry.exposition().decode(), at_s)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-4, 20), min_size=1, max_size=100), st.sampled_from([0.5, 0.9, 0.99]))
 def test_a_quantile_lies_in_the_bucket_of_the_true_one(seconds: list[float], quantile: float) -> None:
     telemetry = Telemetry()

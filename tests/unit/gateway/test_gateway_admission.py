@@ -15,7 +15,7 @@ def test_the_in_flight_cap_refuses_and_recovers() -> None:
     assert refused.value.retry_after_ms is not None
     admission.leave()
     admission.enter("", 0.0)
-    assert admission.stats() == {"in_flight": 2, "refused_total": 1}
+    assert admission.stats() == {"in_flight": 2, "in_flight_limit": 2, "refused_total": 1}
 
 
 def test_a_key_has_its_rate_and_others_have_theirs() -> None:

@@ -227,6 +227,21 @@ def test_a_canary_takes_its_share_of_a_name_and_of_its_collections(setting: Sett
     assert models.routed(models.default, "t", taken[0]) is models.default
 
 
+def test_the_default_model_has_canaries_too(setting: Setting) -> None:
+    models = setting.models
+    told = msgspec.structs.replace(MANIFEST, version="2", variant="variant-0-2")
+    canary = replace(
+        setting.version(1, state=ModelState.CANARY, percent=50),
+        name="default",
+        version="2",
+        manifest=told.encode().decode(),
+    )
+    models.know([canary])
+    met = {models.routed(models.resolve(name), "t", key).model for name in ("", "default") for key in KEYS}
+    assert met == {"default@1", "default@2"}
+    assert models.resolve("default").model == "default@1"
+
+
 def test_a_canary_of_another_space_gets_nothing(setting: Setting) -> None:
     models = setting.models
     other = setting.version(2, state=ModelState.CANARY, number="2", percent=100)

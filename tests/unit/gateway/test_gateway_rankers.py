@@ -37,9 +37,12 @@ def test_a_name_is_its_live_version_and_a_full_name_any() -> None:
     assert resolve(rankers, "shop@2").weights == {"sales": 2.0}
     with pytest.raises(NotFound):
         resolve(rankers, "shop@3")
+    rankers.require_live("shop")
     rankers.know([version("2", ModelState.STAGED)])
     with pytest.raises(PreconditionFailed, match="no version of ranker 'shop' is live"):
         resolve(rankers, "shop")
+    with pytest.raises(PreconditionFailed):
+        rankers.require_live("shop")
 
 
 def test_a_canary_takes_its_share_of_the_name_and_nothing_of_the_full_names() -> None:
@@ -50,6 +53,9 @@ def test_a_canary_takes_its_share_of_the_name_and_nothing_of_the_full_names() ->
     assert 250 < len(taken) < 350
     assert [key for key in keys if resolve(rankers, "shop", key).model == "shop@2"] == taken
     assert {resolve(rankers, "shop@1", key).model for key in keys} == {"shop@1"}
+    told = rankers.stats_of_each()
+    assert told["shop@2"] == {"requests_total": 2 * len(taken)}
+    assert told["shop@1"] == {"requests_total": 3_000 - 2 * len(taken)}
 
 
 def test_an_answer_is_named_by_what_the_ranker_does() -> None:
