@@ -62,6 +62,7 @@ test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray
 	@touch $@
 
 long: setup-dev  ## the kills, the random sequences and the soak in full; `make test` does a small part of them
+	SEEDS=$(or $(SEEDS),5000) $(BIN)/python -m pytest --timeout=7200 tests/simulation
 	KILLS=$(or $(KILLS),200) SEEDS=$(or $(SEEDS),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
