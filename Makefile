@@ -66,8 +66,7 @@ long: setup-dev  ## the kills, the random sequences and the soak in full; `make 
 	KILLS=$(or $(KILLS),200) SEEDS=$(or $(SEEDS),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
-		tests/e2e/process/test_process_soak.py \
-		tests/simulation/test_cache_consistency.py
+		tests/e2e/process/test_process_soak.py tests/e2e/process/test_process_resharding.py tests/simulation
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .
