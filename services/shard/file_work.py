@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from index_builder.segments.compaction import Policy
+from index_builder.segments.contents import Draft
 from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.merge import merge, merge_in_child
 from index_builder.segments.segment import Segment
@@ -44,6 +45,8 @@ T = TypeVar("T")
 
 #: Merges of so many rows are worth a process of their own.
 _CHILD_ROWS = 16_384
+#: The interpreter is left to others for so long between two pieces of a seal.
+_PAUSE_S = 0.002
 #: What a full disk says.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -167,10 +170,11 @@ class FileWork:
         def write() -> Segment | None:
             if not len(rows):
                 return None
-            return Segment.write(
+            picked = [memtable.rows[row] for row in rows.tolist()]
+            return Segment.write_draft(
                 path,
-                [memtable.rows[row] for row in rows.tolist()],
-                memtable.vectors[rows],
+                Draft.of(picked, collection.schema, lambda: time.sleep(_PAUSE_S)),
+                [memtable.vectors[rows]],
                 collection.metric,
                 collection.schema,
                 covers=(memtable.after, memtable.upto),
