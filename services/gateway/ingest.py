@@ -24,8 +24,8 @@ from services.gateway.catalog import Catalog, Served
 from services.gateway.committer import Committed, Committer
 from services.gateway.models import Models
 from services.gateway.streams import in_order
-from services.telemetry import stage
 from services.gateway.turns import Turns
+from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, VersionConflict
 from shard_router.filters import Filter, check
 from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, Write, WriteOutcome
