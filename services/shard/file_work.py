@@ -87,6 +87,11 @@ class FileWork:
         return len(self._state.frozen)
 
     @property
+    def left_segments(self) -> int:
+        """Segments that could not be rewritten, and are searched as they are until the next start."""
+        return len(self._state.left & self._layout.segments.keys())
+
+    @property
     def pending_rows(self) -> int:
         """Rows that wait to be sealed, merged or indexed."""
         waiting = sum(self._layout.part(number).rows for number in self._state.frozen)
@@ -117,6 +122,7 @@ class FileWork:
             "frozen_memtables": self.backlog,
             "merging": float(self._child is not None),
             "disk_full": float(self.disk_full is not None),
+            "left_segments": self.left_segments,
             "seals_total": self._seals,
             "rewrites_total": self._rewrites,
             "file_failures_total": self._failures,
@@ -144,21 +150,23 @@ class FileWork:
         except _Overtaken:
             event = Done(work, self._layout.facts())
         except Exception as error:
-            self._failed(work, error)
-            event = Failed(work)
+            event = Failed(work, for_room=self._failed(work, error))
         self._handle(event)
 
-    def _failed(self, work: Work, error: Exception) -> None:
+    def _failed(self, work: Work, error: Exception) -> bool:
+        """Tell why; whether it was for want of room."""
         if isinstance(error, SegmentCorrupt):
             if not self._closing:
                 self._on_corrupt(os.path.basename(error.path), error.why)
-            return
+            return False
         self._failures += 1
         known = isinstance(error, OSError)
         directory = self._shelf.directory
         log.error("%s in %s failed, tried again later: %s", work, directory, error, exc_info=not known)
         if isinstance(error, OSError) and error.errno in _FULL:
             self.disk_full = f"no room in {directory}: {error.strerror}"
+            return True
+        return False
 
     async def _seal(self, number: int) -> None:
         memtable = self._layout.part(number).body

@@ -290,6 +290,11 @@ class Replica:
             return "repairing", f"a segment was damaged; {missing} positions of the log are read again"
         if self._files.disk_full is not None:
             return "disk_full", self._files.disk_full
+        if left := self._files.left_segments:
+            return (
+                "unmerged",
+                f"{left} segments could not be rewritten and are searched as they are; see the log",
+            )
         return "serving", ""
 
     def segments(self) -> list[SegmentStatus]:
