@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Merges of so many rows are worth a process of their own.
-_CHILD_ROWS = 16_384
+CHILD_ROWS = 16_384
 #: The interpreter is left to others for so long between two pieces of a seal.
 _PAUSE_S = 0.002
 #: What a full disk says.
@@ -64,11 +64,15 @@ class FileWork:
         layout: Layout,
         shelf: Shelf,
         policy: Policy,
+        child_rows: int,
         on_corrupt: Callable[[str, str], None],
     ) -> None:
-        """`on_corrupt` is told the name of a segment that a merge found damaged, and how."""
+        """child_rows: merges of so many run in a process of their own.
+
+        `on_corrupt` is told the name of a segment that a merge found damaged, and how.
+        """
         self._collection, self._layout, self._shelf = collection, layout, shelf
-        self._policy, self._on_corrupt = policy, on_corrupt
+        self._policy, self._child_rows, self._on_corrupt = policy, child_rows, on_corrupt
         self._state = FileState(policy)
         self._thread = ThreadPoolExecutor(1, "segments")
         self._tasks: dict[asyncio.Task[None], Work] = {}
@@ -200,7 +204,7 @@ class FileWork:
         path = self._shelf.new_segment()
         sources = [(segment, picks[number]) for number, segment in parts.items()]
         schema, device = self._collection.schema, self._policy.device
-        if sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
+        if sum(len(rows) for rows in picks.values()) >= self._child_rows:
             self._child = asyncio.current_task()
             try:
                 segment = await merge_in_child(path, sources, schema, kind, device)

@@ -28,6 +28,7 @@ class LocalShards:
         search_threads: ThreadPoolExecutor,
         memtable_rows: int,
         graph_rows: int,
+        child_rows: int,
         poll_ms: int,
         device: str,
     ) -> None:
@@ -36,6 +37,7 @@ class LocalShards:
         self._search_threads = search_threads
         self._memtable_rows = memtable_rows
         self._graph_rows = graph_rows
+        self._child_rows = child_rows
         self._poll_ms = poll_ms
         self._device = device
 
@@ -66,6 +68,7 @@ class LocalShards:
                 search_threads=self._search_threads,
                 memtable_rows=self._memtable_rows,
                 graph_rows=self._graph_rows,
+                child_rows=self._child_rows,
                 poll_ms=self._poll_ms,
                 device=self._device,
             )

@@ -256,8 +256,7 @@ async def test_what_cannot_be_merged_is_searched_as_it_is_and_tried_again_at_the
     open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("services.shard.state.RETRY_FIRST_S", 0.001)
-    monkeypatch.setattr("services.shard.file_work._CHILD_ROWS", 1)
-    replica = await open_replica()
+    replica = await open_replica(child_rows=1)
 
     async def killed(*_: object) -> None:
         raise OSError("the merge ended with -9: ")
@@ -335,11 +334,8 @@ async def test_a_page_read_before_a_push_does_not_undo_it(open_replica: Open, lo
     replica.validate_state()
 
 
-async def test_large_merges_run_in_a_child_and_closing_ends_it(
-    open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.shard.file_work._CHILD_ROWS", 1)
-    replica = await open_replica()
+async def test_large_merges_run_in_a_child_and_closing_ends_it(open_replica: Open, log: MemoryLog) -> None:
+    replica = await open_replica(child_rows=1)
     for i in range(65):
         replica.offer(log.write(vectors(f"d{i}")))
     await until(lambda: replica.stats()["rewrites_total"] == 1)
