@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from services.shard.file_work import CHILD_ROWS
 from services.shard.replica import Replica, Tail
 from shard_router.errors import UnknownLog
 from shard_router.model import Collection
@@ -28,7 +29,7 @@ class LocalShards:
         search_threads: ThreadPoolExecutor,
         memtable_rows: int,
         graph_rows: int,
-        child_rows: int,
+        child_rows: int = CHILD_ROWS,
         poll_ms: int,
         device: str,
     ) -> None:

@@ -42,7 +42,6 @@ async def catalog(database_url: str, tmp_path: Path) -> AsyncIterator[Catalog]:
             search_threads=threads,
             memtable_rows=16,
             graph_rows=50_000,
-            child_rows=16_384,
             poll_ms=20,
             device="cpu",
         )
