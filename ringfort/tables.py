@@ -100,11 +100,12 @@ def provenance(answer: pb.SearchResponse | pb.RecommendResponse) -> Text:
 
 
 def explanation(answer: pb.SearchResponse | pb.RecommendResponse) -> RenderableType:
-    """Where the time went, and which index, space and shards the answer speaks for."""
+    """Where the time went, and which index, space, ranker and shards the answer speaks for."""
     facts = _facts(
         ("generation", str(answer.generation)),
         ("space", answer.space),
         ("variant", answer.variant),
+        *([("ranker", answer.ranker)] if isinstance(answer, pb.RecommendResponse) else []),
         ("epoch", str(answer.epoch)),
         ("coverage", f"{answer.coverage.shards_answered} of {answer.coverage.shards_asked} shards"),
         *(

@@ -221,6 +221,7 @@ def test_recommend(fake: FakeService, run: Any) -> None:
             pb.Stage(name="rank", took_ms=0.25, candidates=10),
             pb.Stage(name="diversify", skipped="not asked for"),
         ],
+        ranker="shop@2",
     )
     _answer(fake, "SearchService/Recommend", answer)
     outcome = run(
@@ -232,6 +233,7 @@ def test_recommend(fake: FakeService, run: Any) -> None:
     )
     assert outcome.lines[5].split() == ["id", "rank", "similarity"]
     assert outcome.lines[6].split() == ["httpx", "1.000", "0.500"]
+    assert ["ranker", "shop@2"] in [line.split() for line in outcome.lines]
     (request,) = fake.requests
     assert (request.like[0].id, request.unlike[0].id) == ("a", "b")
     assert dict(request.rank.features) == {"rank": -0.5}
