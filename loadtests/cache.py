@@ -1,11 +1,19 @@
-"""The answer cache: what a cached answer costs beside an empty call of the same server."""
+"""The cache: what a cached answer costs, how often there is one, and what L1 takes off Redis."""
 
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
 from collections.abc import Iterator
+
+import numpy as np
 
 from loadtests.callers import Callers
 from loadtests.run import Costed, Run
 from loadtests.scoreboard import Measured
 from loadtests.timing import median, ratio, repeat, take_turns
+from loadtests.traces import FirstTier, recovery, zipf
 from protos.ringfort import v1 as pb
 from ringfort import Client
 
@@ -14,6 +22,14 @@ _BATCH_ROWS = 256
 _K = 10
 #: Different questions, all of them cached.
 _QUESTIONS = 64
+#: A collection of their own for writes, so many documents and questions; the latter are asked by Zipf's law.
+_WRITTEN, _WRITTEN_DOCUMENTS, _WRITTEN_QUESTIONS = "written", 1_000, 256
+#: Reads a second over all callers: an open loop, so that the ratio does not hang on how fast a miss is.
+_READS_PER_S = 400
+_WRITES_PER_S = (0, 20, 200)
+_STALENESS_MS = 1_000
+#: Keys and reads of the traces.
+_KEYS, _READS = 100_000, 500_000
 
 
 def measure(run: Run) -> Iterator[Measured]:
@@ -21,6 +37,8 @@ def measure(run: Run) -> Iterator[Measured]:
     with Callers(run.service.grpc) as callers:
         yield _against_empty(run, callers)
         yield _batches(run, callers)
+        yield from _hit_ratios(run, callers)
+    yield from _relief()
 
 
 def _against_empty(run: Run, callers: Callers) -> Measured:
@@ -85,3 +103,90 @@ def _batches(run: Run, callers: Callers) -> Measured:
     rates = repeat(run.rounds, lambda: callers.load(_BATCH_CALLERS, run.seconds, call).per_s)
     detail = {"unit": "rows a second", "rows_a_batch": _BATCH_ROWS, "callers": _BATCH_CALLERS, "k": _K}
     return Measured("cache.batch_lookups_per_s", _BATCH_ROWS * median(rates), detail | library.detail)
+
+
+def _hit_ratios(run: Run, callers: Callers) -> Iterator[Measured]:
+    """Vector searches of a small collection while it is written to."""
+    vectors = run.library.query_vectors
+    documents = [{"id": str(i), "vector": vectors[i % len(vectors)]} for i in range(_WRITTEN_DOCUMENTS)]
+    rng = np.random.default_rng(7)
+    questions = rng.normal(size=(_WRITTEN_QUESTIONS, vectors.shape[1])).astype(np.float32)
+    order = zipf(_WRITTEN_QUESTIONS, 100_000, rng).tolist()
+    with Client(run.service.grpc) as client:
+        client.create_collection(_WRITTEN, dim=vectors.shape[1])
+        client.upsert(_WRITTEN, documents)
+        try:
+            for per_s in _WRITES_PER_S:
+                shares = {
+                    staleness_ms: _hit_ratio(run, callers, questions, order, per_s, staleness_ms)
+                    for staleness_ms in (0, _STALENESS_MS)
+                }
+                detail = {
+                    "unit": "share of searches",
+                    "reads_per_s": _READS_PER_S,
+                    "questions": _WRITTEN_QUESTIONS,
+                    "documents": _WRITTEN_DOCUMENTS,
+                    "allowing_1s": shares[_STALENESS_MS],
+                }
+                yield Measured(f"cache.hit_ratio.w{per_s}", shares[0], detail)
+        finally:
+            client.delete_collection(_WRITTEN)
+
+
+def _hit_ratio(
+    run: Run, callers: Callers, questions: np.ndarray, order: list[int], writes_per_s: int, staleness_ms: int
+) -> float:
+    hits: list[bool] = []
+    began = time.perf_counter()
+
+    async def ask(number: int) -> None:
+        await asyncio.sleep(max(0.0, began + number / _READS_PER_S - time.perf_counter()))
+        found = await callers.client.search(
+            _WRITTEN, vector=questions[order[number % len(order)]], k=_K, max_staleness_ms=staleness_ms
+        )
+        hits.append(found.served_from != "INDEX")
+
+    with _writing(run, questions, writes_per_s):
+        callers.load(_CALLERS, run.rounds * run.seconds, ask)
+    return sum(hits) / len(hits)
+
+
+@contextlib.contextmanager
+def _writing(run: Run, vectors: np.ndarray, per_s: int) -> Iterator[None]:
+    """One document after another is written again, as many a second."""
+    over = threading.Event()
+
+    def write() -> None:
+        with Client(run.service.grpc) as client:
+            for number in itertools.count():
+                if over.wait(max(0.0, began + number / per_s - time.perf_counter())):
+                    return
+                vector = vectors[number % len(vectors)]
+                client.upsert(_WRITTEN, [{"id": str(number % 100), "vector": vector}], wait="DURABLE")
+
+    began = time.perf_counter()
+    writer = threading.Thread(target=write)
+    if per_s:
+        writer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if per_s:
+            writer.join()
+
+
+def _relief() -> Iterator[Measured]:
+    """Simulated: what L1 keeps is decided by the policy alone."""
+    rng = np.random.default_rng(11)
+    detail: dict[str, object]
+    before, after = recovery(_KEYS, _READS, rng)
+    detail = {"unit": "share of reads", "trace": "90/10", "keys": _KEYS, "after_the_hot_set_moved": after}
+    yield Measured("cache.redis_relief.9010", before, detail)
+    tier = FirstTier(_KEYS // 100)
+    tier.relief(zipf(_KEYS, _READS, rng))
+    trace = zipf(_KEYS, _READS, np.random.default_rng(11))
+    weights = 1 / np.arange(1, _KEYS + 1)
+    best = float(weights[: _KEYS // 100].sum() / weights.sum())
+    detail = {"unit": "share of reads", "trace": "Zipf 1.0", "keys": _KEYS, "best_possible": best}
+    yield Measured("cache.redis_relief.zipf", tier.relief(trace), detail)

@@ -11,7 +11,7 @@ from services.cache.exchange import Exchange
 from services.cache.frame import seal
 from services.cache.hot_keys import HotKey
 from services.cache.leases import Leases
-from services.cache.policy import ENTRY_BYTES, S3Fifo
+from services.cache.policy import S3Fifo, entry_bytes
 from services.cache.redis_cluster import RedisCluster
 from services.cache.redis_tier import CONNECTIONS, RedisTier, SecondTier
 from services.cache.redis_url import RedisUrl
@@ -172,7 +172,7 @@ class CacheTier:
             self._hold(key, value)
 
     def _hold(self, key: bytes, value: bytes) -> None:
-        self._l1.put(key, value, len(key) + len(value) + ENTRY_BYTES)
+        self._l1.put(key, value, entry_bytes(key, value))
         if key in self._hot:
             self._l1.pin((key,))
 

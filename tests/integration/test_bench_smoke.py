@@ -28,8 +28,9 @@ def test_bench_reports_every_row_of_its_families(
             assert found["value"] is None
             assert found["why"] == rows[name].absent
         else:
-            assert found["value"] > 0, name
-            assert found["detail"]["documents"] == 1_000
+            # At 200 writes a second a second's reads may all miss.
+            assert found["value"] > 0 or name == "cache.hit_ratio.w200", name
+            assert found["detail"].get("documents") == 1_000 or "trace" in found["detail"]
             assert "why" not in found
     table = capsys.readouterr().out
     assert all(name in table for name in rows)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.cache.policy import ENTRY_BYTES
+from services.cache.policy import entry_bytes
 from services.cache.tier import CacheTier, Found
 
 
@@ -49,7 +49,7 @@ async def test_the_tiers_describe_themselves(tier):
         "hits": 0,
         "misses": 0,
         "entries": 1,
-        "bytes": 8 + ENTRY_BYTES,
+        "bytes": entry_bytes(b"key", b"value"),
         "evictions": 0,
         "errors": 0,
         "eviction_storms": 0,
