@@ -8,6 +8,7 @@ may be able to make two texts that share a key.
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 EMBEDDING_PREFIX = b"rf1:e:"
@@ -18,9 +19,14 @@ HOT_KEYS = b"rf1:h"
 LEASE_PREFIX = b"rf1:l:"
 
 
+def _told(*parts: bytes) -> bytes:
+    """Length-prefixed parts, so that no two lists of parts read alike."""
+    return b"".join([b"%d:%b" % (len(part), part) for part in parts])
+
+
 def _digest(*parts: bytes) -> bytes:
-    """16 bytes of BLAKE2b over length-prefixed parts, so that no two lists of parts read alike."""
-    return hashlib.blake2b(b"".join(b"%d:" % len(part) + part for part in parts), digest_size=16).digest()
+    """16 bytes of BLAKE2b."""
+    return hashlib.blake2b(_told(*parts), digest_size=16).digest()
 
 
 def embedding_key(variant: str, input_type: str, dimensions: int, truncate: bool, text: str) -> bytes:
@@ -43,18 +49,33 @@ def answer_key(
 
     `query` and `options` are canonical bytes (the filter's digest, k, effort, what is included).
     """
-    return (
-        ANSWER_PREFIX
-        + b"%d:" % collection_uid
-        + _digest(
-            tenant.encode(),
-            b"%d" % generation,
-            b"%d" % schema_version,
-            ranker_version.encode(),
-            query,
-            options,
-        )
+    return answer_keys(collection_uid, tenant, generation, schema_version, ranker_version, (query,), options)[
+        0
+    ]
+
+
+def answer_keys(
+    collection_uid: int,
+    tenant: str,
+    generation: int,
+    schema_version: int,
+    ranker_version: str,
+    queries: Iterable[bytes],
+    options: bytes,
+) -> list[bytes]:
+    """The same for many queries that have everything else in common."""
+    prefix = ANSWER_PREFIX + b"%d:" % collection_uid
+    common = hashlib.blake2b(
+        _told(tenant.encode(), b"%d" % generation, b"%d" % schema_version, ranker_version.encode()),
+        digest_size=16,
     )
+    rest = _told(options)
+    keys = []
+    for query in queries:
+        state = common.copy()
+        state.update(b"%d:%b%b" % (len(query), query, rest))
+        keys.append(prefix + state.digest())
+    return keys
 
 
 def lease_key(key: bytes, position: int) -> bytes:

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,15 @@ class Answers:
 
     def key(self, served: Served, ranker_version: str, query: bytes, options: bytes) -> bytes:
         """The name of an answer: everything it depends on but the documents themselves."""
+        return self.keys(served, ranker_version, (query,), options)[0]
+
+    def keys(
+        self, served: Served, ranker_version: str, queries: Iterable[bytes], options: bytes
+    ) -> list[bytes]:
+        """The names of answers to queries that have everything else in common."""
         c = served.collection
-        return keys.answer_key(
-            c.uid, c.tenant, c.generation, c.schema_version, ranker_version, query, options
+        return keys.answer_keys(
+            c.uid, c.tenant, c.generation, c.schema_version, ranker_version, queries, options
         )
 
     async def get(
@@ -124,12 +130,12 @@ class Answers:
             if found is None:
                 return None
             value, tier = found
-        entry = self._good(served, name, value, at_least, max_staleness_ms)
+        known, now_ms = self._known(served), _now_ms()
+        entry = self._good(served, name, value, at_least, known, now_ms, max_staleness_ms)
         if entry is None:
             return None
-        known = self._known(served)
         exact = known is not None and includes(entry, known)
-        if not exact and due(entry, _now_ms(), max_staleness_ms, self._rng.random()):
+        if not exact and due(entry, now_ms, max_staleness_ms, self._rng.random()):
             self.refresh(served, question)
         return Cached(entry.body, TIERS[tier])
 
@@ -140,10 +146,14 @@ class Answers:
 
         They include the log up to position `at_least`, whatever staleness is allowed.
         """
+        known, now_ms = self._known(served), _now_ms()
         answers: list[Cached | None] = []
         for name, found in zip(names, await self._cache.get_many(names), strict=True):
-            entry = found and self._good(served, name, found.value, at_least, max_staleness_ms)
-            answers.append(Cached(entry.body, TIERS[found.tier]) if found and entry else None)
+            if found is None:
+                answers.append(None)
+                continue
+            entry = self._good(served, name, found.value, at_least, known, now_ms, max_staleness_ms)
+            answers.append(Cached(entry.body, TIERS[found.tier]) if entry else None)
         return answers
 
     async def once(
@@ -243,13 +253,20 @@ class Answers:
         return AnswerEntry({served.log_id: made.position}, made.body, made.as_of_ms, cost_ms).encode()
 
     def _good(
-        self, served: Served, name: bytes, value: bytes, at_least: int, max_staleness_ms: int
+        self,
+        served: Served,
+        name: bytes,
+        value: bytes,
+        at_least: int,
+        known: Mapping[str, int] | None,
+        now_ms: int,
+        max_staleness_ms: int,
     ) -> AnswerEntry | None:
         entry = AnswerEntry.decode(value)
         if entry is None:
             return None
         seen = entry.positions.get(served.log_id, -1) >= at_least
-        if seen and fresh(entry, self._known(served), _now_ms(), max_staleness_ms):
+        if seen and (entry.positions == known or fresh(entry, known, now_ms, max_staleness_ms)):
             return entry
         self._superseded += 1
         if max_staleness_ms == 0:

@@ -125,7 +125,7 @@ class BatchRetrieval:
         told = [
             b"t" + query.encode() if isinstance(query, str) else b"v" + query.tobytes() for query in queries
         ]
-        return [self._answers.key(served, "", query, options) for query in told]
+        return self._answers.keys(served, "", told, options)
 
     async def _search(
         self,
