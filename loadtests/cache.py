@@ -100,9 +100,17 @@ def _batches(run: Run, callers: Callers) -> Measured:
 
     with Client(run.service.grpc) as client:
         client.batch_search(library.collection, texts=texts, k=_K)
-    rates = repeat(run.rounds, lambda: callers.load(_BATCH_CALLERS, run.seconds, call).per_s)
-    detail = {"unit": "rows a second", "rows_a_batch": _BATCH_ROWS, "callers": _BATCH_CALLERS, "k": _K}
-    return Measured("cache.batch_lookups_per_s", _BATCH_ROWS * median(rates), detail | library.detail)
+    loads = repeat(run.rounds, lambda: run.costed(lambda: callers.load(_BATCH_CALLERS, run.seconds, call)))
+    detail = {
+        "unit": "rows a second",
+        "rows_a_batch": _BATCH_ROWS,
+        "callers": _BATCH_CALLERS,
+        "k": _K,
+        "service_cpu_us_a_row": median(each.service_us for each in loads) / _BATCH_ROWS,
+        "client_cpu_us_a_row": median(each.client_us for each in loads) / _BATCH_ROWS,
+    }
+    value = _BATCH_ROWS * median(each.load.per_s for each in loads)
+    return Measured("cache.batch_lookups_per_s", value, detail | library.detail)
 
 
 def _hit_ratios(run: Run, callers: Callers) -> Iterator[Measured]:
@@ -117,25 +125,27 @@ def _hit_ratios(run: Run, callers: Callers) -> Iterator[Measured]:
         client.upsert(_WRITTEN, documents)
         try:
             for per_s in _WRITES_PER_S:
-                shares = {
-                    staleness_ms: _hit_ratio(run, callers, questions, order, per_s, staleness_ms)
+                (exact, written), (stale, _) = (
+                    _hit_ratio(run, callers, questions, order, per_s, staleness_ms)
                     for staleness_ms in (0, _STALENESS_MS)
-                }
+                )
                 detail = {
                     "unit": "share of searches",
                     "reads_per_s": _READS_PER_S,
                     "questions": _WRITTEN_QUESTIONS,
                     "documents": _WRITTEN_DOCUMENTS,
-                    "allowing_1s": shares[_STALENESS_MS],
+                    "allowing_1s": stale,
+                    "written_per_s": written,
                 }
-                yield Measured(f"cache.hit_ratio.w{per_s}", shares[0], detail)
+                yield Measured(f"cache.hit_ratio.w{per_s}", exact, detail)
         finally:
             client.delete_collection(_WRITTEN)
 
 
 def _hit_ratio(
     run: Run, callers: Callers, questions: np.ndarray, order: list[int], writes_per_s: int, staleness_ms: int
-) -> float:
+) -> tuple[float, float]:
+    """The share of searches out of the cache, and the writes a second that there really were."""
     hits: list[bool] = []
     began = time.perf_counter()
 
@@ -146,15 +156,16 @@ def _hit_ratio(
         )
         hits.append(found.served_from != "INDEX")
 
-    with _writing(run, questions, writes_per_s):
-        callers.load(_CALLERS, run.rounds * run.seconds, ask)
-    return sum(hits) / len(hits)
+    with _writing(run, questions, writes_per_s) as writes:
+        load = callers.load(_CALLERS, run.rounds * run.seconds, ask)
+    return sum(hits) / len(hits), len(writes) / load.seconds
 
 
 @contextlib.contextmanager
-def _writing(run: Run, vectors: np.ndarray, per_s: int) -> Iterator[None]:
-    """One document after another is written again, as many a second."""
+def _writing(run: Run, vectors: np.ndarray, per_s: int) -> Iterator[list[int]]:
+    """One document after another is written again, as many a second; their numbers."""
     over = threading.Event()
+    written: list[int] = []
 
     def write() -> None:
         with Client(run.service.grpc) as client:
@@ -163,13 +174,14 @@ def _writing(run: Run, vectors: np.ndarray, per_s: int) -> Iterator[None]:
                     return
                 vector = vectors[number % len(vectors)]
                 client.upsert(_WRITTEN, [{"id": str(number % 100), "vector": vector}], wait="DURABLE")
+                written.append(number)
 
     began = time.perf_counter()
     writer = threading.Thread(target=write)
     if per_s:
         writer.start()
     try:
-        yield
+        yield written
     finally:
         over.set()
         if per_s:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -58,6 +59,10 @@ class Valkey:
     def signal(self, number: int) -> None:
         assert self._process is not None
         os.kill(self._process.pid, number)
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
 
     def kill(self) -> None:
         if self._process is not None:
@@ -130,7 +135,13 @@ class ValkeyCluster:
         """Who owns a slot that never moved."""
         return next(node for i, node in enumerate(self.nodes) if slot < SLOTS * (i + 1) // 3)
 
-    def start_one(self, node: Valkey) -> None:
-        """One that was away, until all agree that it is back."""
-        node.start()
+    def mend(self) -> None:
+        """As they were at the beginning: all there, empty, without a bound; until all agree that they are."""
+        for node in self.nodes:
+            if not node.runs:
+                node.start()
+            node.signal(signal.SIGCONT)
+            with node.client() as client:
+                client.config_set("maxmemory", 0)
+                client.flushall()
         self._wait()

@@ -14,7 +14,7 @@ class Middle(random.Random):
 
 @pytest.fixture
 def breaker() -> Breaker:
-    return Breaker(Middle(), failures_to_open=3, backoff_ms=100, max_backoff_ms=500)
+    return Breaker(Middle(), budget=3, backoff_ms=100, max_backoff_ms=500)
 
 
 def fail(breaker: Breaker, times: int, now_s: float = 0.0) -> list[bool]:
@@ -27,11 +27,22 @@ def test_opens_after_failures_in_a_row(breaker):
     assert not breaker.allows
 
 
-def test_a_success_between_failures_keeps_it_closed(breaker):
-    fail(breaker, 2)
-    breaker.succeeded()
-    assert fail(breaker, 2) == [False, False]
-    assert breaker.allows
+def outcomes(breaker: Breaker, successes: int, rounds: int) -> bool:
+    """Whether it is still closed after so many rounds of successes and one failure."""
+    for _ in range(rounds):
+        for _ in range(successes):
+            breaker.succeeded()
+        breaker.failed(0.0)
+    return breaker.allows
+
+
+def test_a_failure_now_and_then_keeps_it_closed(breaker):
+    assert outcomes(breaker, successes=11, rounds=1_000)
+
+
+def test_failing_every_few_times_opens_it(breaker):
+    assert outcomes(breaker, successes=4, rounds=3)
+    assert not outcomes(breaker, successes=4, rounds=3)
 
 
 def test_what_was_under_way_when_it_opened_changes_nothing(breaker):
@@ -71,7 +82,7 @@ def test_pauses_double_up_to_the_longest(breaker):
 def test_pauses_are_spread_so_that_gateways_do_not_probe_in_step():
     pauses = set()
     for seed in range(10):
-        breaker = Breaker(random.Random(seed), failures_to_open=1)
+        breaker = Breaker(random.Random(seed), budget=1)
         breaker.failed(0.0)
         pauses.add(breaker.state.retry_at_s)
     assert len(pauses) == 10
