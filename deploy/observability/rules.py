@@ -87,7 +87,8 @@ def _burning(objective: Objective, burn: Burn) -> dict[str, Any]:
 def written() -> str:
     """The file's text."""
     head = "# Made by `python -m deploy.observability.rules`; change that.\n"
-    return head + yaml.safe_dump(rules(), sort_keys=False, width=110, allow_unicode=True)
+    told: str = yaml.safe_dump(rules(), sort_keys=False, width=110, allow_unicode=True)
+    return head + told
 
 
 if __name__ == "__main__":
