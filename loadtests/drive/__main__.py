@@ -203,6 +203,8 @@ def _finish(
             console.print(f"saturation: {found['rate']:,.0f} calls a second", highlight=False)
         for run in told["runs"]:
             console.print(_table(run))
+            if doubt := result.doubt(run):
+                console.print(f"[yellow]{run['label']}: {doubt}[/yellow]", highlight=False)
         console.print(f"[dim]{out}[/dim]", *([f"[dim]{page}[/dim]"] if page else []), highlight=False)
     return INTERRUPTED if interrupted else 0
 

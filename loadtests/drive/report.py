@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from loadtests.drive import result
 from loadtests.drive.tally import QUANTILES, Latencies
 
 #: Of the plot of quantiles: 0 to 99.99%, the tail spread out.
@@ -59,7 +60,8 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
             for name, o in {"all": run["all"], **run["operations"]}.items()
         ]  # fmt: skip
         lines += _table(("operation", "answered/s", "failed", *(f"{q} ms" for q in QUANTILES)), rows)
-        lines += [f"The driver sent {run['lateness_ms']['p99']:.2f} ms late (p99).", ""]
+        doubt = result.doubt(run)
+        lines += [f"**Little can be said of the service: {doubt}.**", ""] if doubt else []
         if run["faults"]:
             lines += _table(
                 ("fault", "target", "from s", "to s"),

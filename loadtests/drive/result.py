@@ -13,6 +13,8 @@ from loadtests.drive.tally import OK, Tallies, Tally
 
 #: Of the file; a reader refuses another.
 FORMAT = 1
+#: A driver that sends later than this (p99) measures the machine it shares, or itself.
+LATE_MS = 5.0
 
 
 class ResultRefused(ValueError):
@@ -94,6 +96,14 @@ def result(
     if saturation is not None:
         told["saturation"] = dict(saturation)
     return told
+
+
+def doubt(run: Mapping[str, Any]) -> str:
+    """Why a run's figures say little of the service; empty where there is no reason."""
+    late_ms = run["lateness_ms"]["p99"]
+    if late_ms <= LATE_MS:
+        return ""
+    return f"the driver itself sent {late_ms:,.1f} ms late (p99): it, or the machine, was too busy"
 
 
 def read(path: Path) -> dict[str, Any]:

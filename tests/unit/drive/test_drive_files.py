@@ -94,9 +94,17 @@ def test_a_report_is_a_page_with_tables_and_plots(tmp_path: Path) -> None:
     assert "| search_text |" in text
     assert "| delay | redis | 1.0 | 2.0 |" in text
     assert "| redis | 3 | 1.00 | 2.00 |" in text
+    assert "Little can be said" not in text
     for name in ("latency.png", "time.png"):
         assert f"({name})" in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_driver_that_was_late_itself_is_told(tmp_path: Path) -> None:
+    told = measured()
+    told["runs"][0]["lateness_ms"]["p99"] = 50.0
+    assert "50.0 ms late" in result.doubt(told["runs"][0])
+    assert "Little can be said of the service" in report.write(told, tmp_path).read_text()
 
 
 def test_compared_results_tell_ratios_and_what_differed(
