@@ -183,7 +183,7 @@ def test_a_slow_dependency_is_the_stage_that_is_slow(
     assert max(ms[id(each)] for each in named) >= DELAY_MS
 
 
-def test_an_error_and_its_log_line_carry_the_trace_id(channel: grpc.Channel) -> None:
+def test_an_error_carries_the_trace_id(channel: grpc.Channel) -> None:
     request = pb.SearchRequest(collection="nowhere", text="x")
     with pytest.raises(grpc.RpcError) as refused:
         call(channel, "SearchService/Search", request, pb.SearchResponse)

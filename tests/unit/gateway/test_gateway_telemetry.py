@@ -1,6 +1,9 @@
 """Calls are counted where they end and told when somebody asks."""
 
-from services.telemetry import LABELS_MOST, STAGES, Telemetry, stage
+import json
+import logging
+
+from services.telemetry import LABELS_MOST, STAGES, JsonLines, Telemetry, stage
 from services.trace import CURRENT, Trace, current_id
 
 
@@ -61,6 +64,20 @@ def test_labels_are_bounded() -> None:
     told = told_by(telemetry)
     assert told['ringfort_model_texts_total{model="m7"}'] == 7
     assert sum(name.startswith("ringfort_model_queue{") for name in told) == LABELS_MOST
+
+
+def test_a_log_line_carries_the_trace_id_of_the_call_under_way() -> None:
+    record = logging.LogRecord("services", logging.ERROR, __file__, 1, "%s failed", ("Search",), None)
+    assert "trace_id" not in json.loads(JsonLines().format(record))
+    trace = Trace("cd" * 16, lambda name, seconds, ago_s: None)
+    token = CURRENT.set(trace)
+    try:
+        event = json.loads(JsonLines().format(record))
+        assert (event["message"], event["trace_id"]) == ("Search failed", "cd" * 16)
+        trace.close()
+        assert "trace_id" not in json.loads(JsonLines().format(record))
+    finally:
+        CURRENT.reset(token)
 
 
 def told_by(telemetry: Telemetry) -> dict[str, float]:
