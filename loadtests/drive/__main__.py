@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(error, USAGE)
     except (RingfortError, ServiceFailed, driver.DriverFailed, OSError) as error:
         return _failed(error, FAILED)
+    except KeyboardInterrupt:  # before or after the run itself, which ends by itself then
+        return INTERRUPTED
     return code
 
 
@@ -306,4 +308,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # As if by Ctrl-C, so that what was started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
