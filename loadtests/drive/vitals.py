@@ -18,8 +18,9 @@ BOUNDS: Mapping[str, Bound] = {
     # Segments come with every seal and go with every merge of eight, so their number swings.
     "segments": Bound(8),
     "handles": Bound(8),
-    "threads": Bound(4),
-    "connections": Bound(4),
+    # Pools open what they need when they need it, and are no larger than this.
+    "threads": Bound(8),
+    "connections": Bound(8),
     "queued": Bound(32),
 }
 #: Handles of an open segment: its files are mapped.
