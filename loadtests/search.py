@@ -1,18 +1,22 @@
 """Vector search: how much is found, and how fast beside FAISS in this process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import faiss
 import numpy as np
 
+from index_builder.segments import manifest
+from index_builder.segments.row_set import RowSet
+from index_builder.segments.segment import Segment
 from loadtests.callers import Callers
-from loadtests.corpus import BUCKETS
+from loadtests.corpus import ATTRIBUTES, BUCKETS
 from loadtests.run import Costed, Library, Run
 from loadtests.scoreboard import Measured
 from loadtests.timing import Spent, alone, excess, in_threads, median, ratio, spent, take_turns
 from ringfort import Client, SearchResult
+from shard_router.model import AttributeType
 
 # FAISS makes its classes at run time, and this one is not in its stubs.
 _Parameters: Any = getattr(faiss, "SearchParametersHNSW")  # noqa: B009
@@ -31,6 +35,7 @@ _ENOUGH = 0.99
 _EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 #: Scores are float32 and summed in different orders.
 _TIE = 1e-5
+_SCHEMA = {name: AttributeType(kind) for name, kind in ATTRIBUTES.items()}
 
 
 def measure(run: Run) -> Iterator[Measured]:
@@ -132,6 +137,38 @@ class Ceiling:
         return {"ef": self.matched.ef, "recall": self.matched.recall}
 
 
+class Direct:
+    """The service's own segments, searched in this process: what is left when nothing is served.
+
+    Of the newest manifest, so without what lies in memtables.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Map the segments of the largest shard on disk."""
+        shards: list[list[tuple[Segment, RowSet]]] = []
+        for directory in (run.service.data_dir / "segments").glob("*/shard-*"):
+            names = manifest.newest_first([path.name for path in directory.glob("manifest-*")])
+            entries = manifest.decode((directory / names[0]).read_bytes()).segments if names else []
+            shards.append([
+                (Segment.open(directory / entry.name, _SCHEMA, verify=False), RowSet(~entry.dead_rows()))
+                for entry in entries
+            ])  # fmt: skip
+        self._parts = max(shards, key=lambda parts: sum(segment.rows for segment, _ in parts), default=[])
+
+    def search(self, queries: np.ndarray) -> object:
+        """The nearest of each query, float32 [n, dim], at the default effort."""
+        found = [
+            segment.search(queries, _K, allowed=None if live.count == segment.rows else live, exact=False)[0]
+            for segment, live in self._parts
+        ]
+        return np.sort(np.concatenate(found, axis=1), axis=1)[:, -_K:] if found else None
+
+    def detail(self, run: Run, queries: Callable[[int], np.ndarray], ours_per_s: float) -> dict[str, float]:
+        """Calls a second with a thread a core, and the service's over that."""
+        per_s = in_threads(run.cpus, run.seconds, lambda number: self.search(queries(number))).per_s
+        return {"calls_per_s": per_s, "service_over_it": ours_per_s / per_s}
+
+
 def _parameters(ef: int) -> Any:
     return _Parameters(efSearch=ef)
 
@@ -203,6 +240,9 @@ def _one_at_a_time(run: Run, library: Library, callers: Callers, ceiling: Ceilin
         },
         "faiss_share_of_cpu": median(each.call_us for each in theirs) / median(each.call_us for each in ours),
         "faiss_at_the_services_recall": {"per_s": matched.load.per_s, **ceiling.matched_detail},
+        "own_segments_in_process": Direct(run).detail(
+            run, lambda number: _query(library, number), median(each.load.per_s for each in ours)
+        ),
     }
     value = ratio([each.load.per_s for each in ours], [each.load.per_s for each in theirs])
     return Measured("search.vs_faiss.c16", value, detail | ceiling.detail | library.detail)
@@ -237,6 +277,7 @@ def _batches(run: Run, library: Library, callers: Callers, ceiling: Ceiling) -> 
         "service_batches": Costed.detail(ours),
         "faiss": _BATCH_ROWS * median(theirs),
         "faiss_at_the_services_recall": {"per_s": _BATCH_ROWS * matched, **ceiling.matched_detail},
+        "own_segments_in_process": Direct(run).detail(run, queries, median(each.load.per_s for each in ours)),
     }
     value = ratio([each.load.per_s for each in ours], theirs)
     return Measured("search.vs_faiss.batch32", value, detail | ceiling.detail | library.detail)
