@@ -360,6 +360,9 @@ class Layout:
         """The part and live row of each of these documents that is here; each id once."""
         found: dict[str, tuple[Part, int]] = {}
         hashes = hashes_of(id.encode() for id in ids)
+        # In their order: the look-ups of one segment then lie close together, and take a quarter of the time.
+        order = np.argsort(hashes)
+        ids, hashes = [ids[which] for which in order.tolist()], hashes[order]
         for part in self._parts.values():
             for which, row in part.body.find(ids, hashes):
                 if part.live[row]:
