@@ -137,9 +137,9 @@ tier = CacheTier(l1_bytes=budget, redis_url=None)
 before = process.memory_info().rss
 highest = 0
 for i in range(puts):
-    key = b"rf1:a:7:%016d" % rng.randrange(300_000)
+    key = b"rf1:a:7:%016d" % (300_000 * rng.random())
     if tier.peek(key) is None:
-        tier.put_many([(key, blob[: rng.randint(least, most)])])
+        tier.put_many([(key, blob[: int(least + (most - least) * rng.random())])])
     if i % 10_000 == 0:
         highest = max(highest, process.memory_info().rss - before)
 print(highest / budget, (process.memory_info().rss - before) / budget)
