@@ -134,9 +134,11 @@ class Answers:
         entry = self._good(served, name, value, at_least, known, now_ms, max_staleness_ms)
         if entry is None:
             return None
-        exact = known is not None and includes(entry, known)
-        if not exact and due(entry, now_ms, max_staleness_ms, self._rng.random()):
-            self.refresh(served, question)
+        # Where no age is allowed, what is served includes all that is known.
+        if max_staleness_ms > 0:
+            exact = known is not None and includes(entry, known)
+            if not exact and due(entry, now_ms, max_staleness_ms, self._rng.random()):
+                self.refresh(served, question)
         return Cached(entry.body, TIERS[tier])
 
     async def get_many(
