@@ -6,7 +6,6 @@ distance is L2, it is the liked examples' centre, moved half as far again from t
 """
 
 import asyncio
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
@@ -61,12 +60,15 @@ class Recommend:
         began = time.perf_counter()
         served = self._catalog.resolve(tenant, request.collection)
         self._check(served, request)
-        # Of a generation once: an answer is computed by the versions that its name tells.
-        asked_of = functools.cache(lambda served: self._asked(served, request))
-        asked_of(served)
+        asked = self._asked(served, request)
+
+        def asked_of(other: Served) -> _Asked:
+            # Of this generation the same: an answer is computed by the versions that its name tells.
+            return asked if other is served else self._asked(other, request)
+
         at_least = await self._retrieval.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
-            made = await self._recommend(served, request, asked_of(served), deadline)
+            made = await self._recommend(served, request, asked, deadline)
             return made.body + _suffix(pb.INDEX, began, made.timings)
         question = Question(
             lambda served: self._name(served, request, asked_of(served)),

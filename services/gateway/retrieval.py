@@ -86,11 +86,12 @@ class Retrieval:
         effort = wire.effort_from(request)
         check_share(request.min_coverage, "min_coverage")
         check_cache(request.cache)
-        # Of a generation once: an answer is computed by the variant that its name tells.
-        model_of = functools.cache(
-            lambda served: self.model_for(served, request, request.text) if kind == "text" else None
-        )
-        model = model_of(served)
+        model = self._model(served, request, kind)
+
+        def model_of(other: Served) -> ModelManifest | None:
+            # Of this generation the same: an answer is computed by the variant that its name tells.
+            return model if other is served else self._model(other, request, kind)
+
         at_least = 0
         if request.HasField("read_after"):
             at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
@@ -135,6 +136,9 @@ class Retrieval:
             )
         )  # fmt: skip
         return self._answers.key(served, "", _query_bytes(request, kind), options)
+
+    def _model(self, served: Served, request: pb.SearchRequest, kind: str) -> ModelManifest | None:
+        return self.model_for(served, request, request.text) if kind == "text" else None
 
     def model_for(self, served: Served, request: Request, text: str) -> ModelManifest:
         """What embeds a request's texts, of which `text` is the first; a mismatch of spaces is refused.
