@@ -103,7 +103,9 @@ async def test_a_collection_deleted_while_its_log_is_read_is_no_warning(
         served.look()
         await asyncio.sleep(0)
         await catalog.delete("default", "notes")
-    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
+    # The driver's own are not meant: where a cancellation takes long it gives a connection up, and says so.
+    ours = [record for record in caplog.records if record.name.startswith("services")]
+    assert [record.getMessage() for record in ours if record.levelname != "INFO"] == []
 
 
 async def test_a_collection_that_could_not_be_deleted_is_opened_again(
