@@ -120,7 +120,11 @@ class Committer:
                 raise
             return
         await asyncio.sleep(0)  # applying is another piece of a millisecond
-        self._served.committed(commit.upto, commit.delta, commit.epoch)
+        try:
+            self._served.committed(commit.upto, commit.delta, commit.epoch)
+        except Exception:  # it is committed whatever becomes of it here, and its writers are told so
+            log.exception("a committed batch could not be handed on; the log is read instead")
+            self._served.look()
         at = 0
         for part in batch:
             call = part.call

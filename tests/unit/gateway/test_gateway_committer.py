@@ -79,3 +79,18 @@ async def test_a_call_fails_with_any_of_its_parts_and_no_other_call_does() -> No
     assert (await small).outcomes[0].version is not None
     assert served.looks == 1
     await writer.close()
+
+
+async def test_what_is_committed_is_acknowledged_even_if_it_cannot_be_handed_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Notes, "committed", broken)
+    writer, served = committer(MemoryStore())
+    async with asyncio.timeout(30):
+        done = await writer.submit(removes("a", 2))
+    assert (done.upto, served.looks) == (2, 1)
+    assert "broken" in caplog.text
+    await writer.close()
