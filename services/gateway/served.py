@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from services.deadline import Deadline
 from services.gateway.endpoints import ShardEndpoint
-from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, UnknownLog
+from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, Unavailable, UnknownLog
 from shard_router.fanout_plan import HedgeBudget, Latencies, stale_pause_s
 from shard_router.model import Collection, LogDelta
 from shard_router.resharding import Copy
@@ -166,25 +166,33 @@ class Served:
 
         ShardUnavailable where a shard has no copy that is up; DeadlineExceeded; what a copy raises.
         """
-        attempt = 0
+        attempt = failures = 0
         while True:
             try:
                 async with asyncio.timeout(deadline.require("the shards")):
-                    return await asyncio.gather(*self._asked(ask))
+                    return await asyncio.gather(*self._asked(ask, failures))
             except TimeoutError:
                 raise DeadlineExceeded("the shards") from None
+            except ShardUnavailable:
+                raise
+            except Unavailable:
+                # As of a copy that went away a moment ago, or reads again what it lost: another may answer.
+                failures += 1
+                if failures >= self.collection.replicas:
+                    raise
             except StaleEpoch:
                 attempt += 1
                 if deadline.left_s() <= stale_pause_s(attempt):
                     raise
                 await asyncio.sleep(stale_pause_s(attempt))
 
-    def _asked(self, ask: Callable[[ShardEndpoint, int], Awaitable[T]]) -> list[Awaitable[T]]:
+    def _asked(self, ask: Callable[[ShardEndpoint, int], Awaitable[T]], turn: int) -> list[Awaitable[T]]:
         shards = self.shard_map.shards
         up = [self.up(shard) for shard in shards]
         if not all(up):
             raise ShardUnavailable(sum(map(bool, up)), len(shards), 1.0)
-        return [ask(next(iter(replicas.values())), self.state.epoch) for replicas in up]
+        chosen = [list(replicas.values())[turn % len(replicas)] for replicas in up]
+        return [ask(replica, self.state.epoch) for replica in chosen]
 
     async def turn(self, state: MapState) -> list[ShardEndpoint]:
         """Go over to another state of the map, and all copies with it; returns those that cannot.

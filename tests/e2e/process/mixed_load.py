@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 
 from protos.ringfort import v1 as pb
+from protos.ringfort.v1.document_pb2_grpc import DocumentServiceStub
 from protos.ringfort.v1.search_pb2_grpc import SearchServiceStub
 from ringfort import Client
 from ringfort.errors import RingfortError
@@ -33,12 +34,13 @@ class Seen:
 
 
 class MixedLoad:
-    """Upserts, vector searches over collections of one and of two copies, and text searches, without end."""
+    """Upserts, searches over shards of one and of two copies, text searches and counts, without end."""
 
     def __init__(self, address: str) -> None:
         self._address = address
         self._channel = grpc.insecure_channel(address)
         self._searches = SearchServiceStub(self._channel)
+        self._documents = DocumentServiceStub(self._channel)
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._began_s = time.monotonic()
@@ -59,6 +61,7 @@ class MixedLoad:
             threading.Thread(target=self._guarded, args=(work, *args), daemon=True)
             for work, *args in (
                 (self._write,), (self._search, "sole"), (self._search, "pair"), (self._search_texts,),
+                (self._count_pair,),
             )
         ]  # fmt: skip
 
@@ -93,7 +96,7 @@ class MixedLoad:
         with self._lock:
             answered = [
                 self.seen[kind].searches["OK"] if kind in self.seen else 0
-                for kind in ("sole", "pair", "texts")
+                for kind in ("sole", "pair", "texts", "count")
             ]
         return min(answered) >= searches
 
@@ -130,18 +133,25 @@ class MixedLoad:
     def _search(self, client: Client, collection: str) -> None:
         query = np.random.default_rng().standard_normal(DIM).astype(np.float32)
         vector = pb.Matrix(data=query.tobytes(), rows=1, dim=DIM)
-        self._count(collection, pb.SearchRequest(collection=collection, vector=vector, k=5))
+        self._ask(collection, pb.SearchRequest(collection=collection, vector=vector, k=5))
 
     def _search_texts(self, client: Client) -> None:
         text = f"number {np.random.default_rng().integers(1 << 30)}"
-        self._count("texts", pb.SearchRequest(collection="texts", text=text, k=3))
+        self._ask("texts", pb.SearchRequest(collection="texts", text=text, k=3))
 
-    def _count(self, kind: str, request: pb.SearchRequest) -> None:
+    def _count_pair(self, client: Client) -> None:
+        # By filter, so that shards are asked and not the database; it waits for the log, so that needs it.
+        self._ask("count", pb.CountRequest(collection="pair", filter=pb.Filter(text="number >= 0")))
+
+    def _ask(self, kind: str, request: pb.SearchRequest | pb.CountRequest) -> None:
         outcome, coverage = "OK", 1.0
         try:
             # Message by message: the client's channel would try again by itself.
-            told = self._searches.Search(request, timeout=10).coverage
-            coverage = told.shards_answered / told.shards_asked
+            if isinstance(request, pb.CountRequest):
+                self._documents.Count(request, timeout=10)
+            else:
+                told = self._searches.Search(request, timeout=10).coverage
+                coverage = told.shards_answered / told.shards_asked
         except grpc.RpcError as error:
             outcome = error.code().name
             time.sleep(0.02)

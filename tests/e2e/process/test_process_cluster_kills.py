@@ -97,6 +97,7 @@ def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir:
             assert set(seen["sole"].searches) == {"OK"}, load.timeline
             assert seen["sole"].least_coverage == 0.5, load.timeline
             assert set(seen["texts"].searches) == {"OK"}, load.timeline
+            assert set(seen["count"].searches) == {"OK"}, load.timeline
 
             quiet()
             name = next(name for name in components(client) if name.startswith("embedder "))
