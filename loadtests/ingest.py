@@ -3,10 +3,7 @@
 import asyncio
 import itertools
 import math
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import LiteralString
 
@@ -20,6 +17,7 @@ from loadtests.run import Run, settled
 from loadtests.scoreboard import Measured
 from loadtests.service import Service
 from loadtests.timing import alone, median, ratio, take_turns, wall_s
+from loadtests.writer import Writer
 from ringfort import Client, __version__
 from services.data_dir import DataDir
 from services.supervisor import Supervisor
@@ -31,6 +29,8 @@ _VECTOR_BATCH = 512
 _PACED_PER_S = 5_000.0
 #: Searches beside ingest last so many times as long as one side of a round.
 _SEARCHED_ROUNDS = 5
+#: Turns of searches alone and beside ingest, at most.
+_SEARCHED_TURNS = 3
 _K = 10
 _CREATE: LiteralString = """
 CREATE TABLE copied (
@@ -173,7 +173,6 @@ def _searched_meanwhile(
     first = (package.document(vector) for package, vector in zip(packages, vectors, strict=True))
     client.upsert("searched", first, batch=_VECTOR_BATCH)
     settled(client, "searched")
-    written = itertools.count()
 
     def search(number: int) -> object:
         return client.search("searched", vector=vectors[number % len(vectors)], k=_K, cache=False)
@@ -181,43 +180,37 @@ def _searched_meanwhile(
     def searched() -> float:
         return alone(_SEARCHED_ROUNDS * run.seconds, search).quantile_ms(0.99)
 
-    def searched_while_writing(most_per_s: float) -> tuple[float, float]:
+    def searched_while_writing(writer: Writer, most_per_s: float) -> tuple[float, float]:
         """The searches' p99 in ms, and the documents a second that were written."""
-        enough, start, began_s = threading.Event(), next(written), time.monotonic()
+        writer.start(most_per_s)
+        try:
+            p99_ms = searched()
+        finally:
+            per_s = writer.stop()
+        return p99_ms, per_s
 
-        def more() -> Iterator[dict[str, object]]:
-            for i in itertools.takewhile(lambda _: not enough.is_set(), written):
-                if i % _VECTOR_BATCH == 0:
-                    enough.wait(began_s + (i - start) / most_per_s - time.monotonic())
-                at = i % len(packages)
-                yield packages[at].document(vectors[at]) | {"id": f"more-{i}"}
-
-        def write() -> float:
-            with Client(client.server, timeout_s=120) as writer:
-                return wall_s(lambda: writer.upsert("searched", more(), wait="VISIBLE", batch=_VECTOR_BATCH))
-
-        with ThreadPoolExecutor(1) as threads:
-            writing = threads.submit(write)
-            try:
-                p99_ms = searched()
-            finally:
-                enough.set()
-            return p99_ms, (next(written) - start) / writing.result()
+    def quiet() -> float:
+        settled(client, "searched")
+        return searched()
 
     try:
-        quiet_ms = searched()
-        paced_ms, paced_per_s = searched_while_writing(_PACED_PER_S)
-        settled(client, "searched")
-        flat_out_ms, flat_out_per_s = searched_while_writing(math.inf)
+        with Writer(client.server, "searched", packages, vectors, batch=_VECTOR_BATCH) as writer:
+            quiet_ms, paced = take_turns(
+                min(run.rounds, _SEARCHED_TURNS),
+                quiet,
+                lambda: searched_while_writing(writer, _PACED_PER_S),
+                warm_up=False,
+            )
+            flat_out_ms, flat_out_per_s = searched_while_writing(writer, math.inf)
     finally:
         client.delete_collection("searched")
     return {
-        "search_p99_ms_quiet": quiet_ms,
-        "search_p99_ms_paced": paced_ms,
-        "search_p99_paced_over_quiet": paced_ms / quiet_ms,
-        "written_paced_per_s": paced_per_s,
+        "search_p99_ms_quiet": median(quiet_ms),
+        "search_p99_ms_paced": median(p99_ms for p99_ms, _ in paced),
+        "search_p99_paced_over_quiet": ratio([p99_ms for p99_ms, _ in paced], quiet_ms),
+        "written_paced_per_s": median(per_s for _, per_s in paced),
         "search_p99_ms_flat_out": flat_out_ms,
-        "search_p99_flat_out_over_quiet": flat_out_ms / quiet_ms,
+        "search_p99_flat_out_over_quiet": flat_out_ms / median(quiet_ms),
         "written_flat_out_per_s": flat_out_per_s,
     }
 

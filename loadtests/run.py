@@ -27,6 +27,8 @@ QUERIES, QUICK_QUERIES = 512, 64
 QUICK_DOCUMENTS = 1_000
 #: Of every ten documents, how many are written twice, and how many more are written and deleted again.
 _REWRITTEN, _DELETED = 3, 1
+#: How far the first vector of a document that is written twice lies from that of another one.
+_STRANGENESS = np.float32(0.3)
 _BATCH = 512
 _SETTLED_S, _SETTLE_LIMIT_S = 1.5, 900.0
 
@@ -214,12 +216,18 @@ def _load(client: Client, collection: str, packages: Sequence[Package], vectors:
     rewritten = {i for i in range(len(packages)) if i % 10 < _REWRITTEN}
     doomed = [f"deleted-{i}" for i in range(len(packages) * _DELETED // 10)]
 
+    # A rewritten document was near somebody else before; the very same vectors would spoil the graph.
+    formerly = np.roll(vectors, -1, axis=0) + _STRANGENESS * np.roll(vectors, -2, axis=0)
+    formerly /= np.linalg.norm(formerly, axis=1, keepdims=True)
+
     def first() -> Iterator[dict[str, object]]:
         for i, package in enumerate(packages):
-            # A rewritten document was somebody else's text before.
-            other = (i + 1) % len(packages) if i in rewritten else i
-            yield package._replace(summary=packages[other].summary).document(vectors[other])
-        for id, package, vector in zip(doomed, packages, vectors, strict=False):
+            if i in rewritten:
+                other = packages[(i + 1) % len(packages)]
+                yield package._replace(summary=other.summary).document(formerly[i])
+            else:
+                yield package.document(vectors[i])
+        for id, package, vector in zip(doomed, packages, formerly, strict=False):
             yield package.document(vector) | {"id": id}
 
     def second() -> Iterator[dict[str, object]]:

@@ -36,7 +36,6 @@ class Measured:
     why: str = ""
 
 
-_TORCH = "needs torch and sentence-transformers (the extra `models`), which are not installed here"
 _NATIVE = "needs `server: native`, which this release does not have"
 _REINDEX = "this release has no Reindex"
 _CLUSTER = "this release has the embedded composition only"
@@ -91,7 +90,7 @@ ROWS = (
     Row("cache.redis_relief.zipf", "cache", "the same, Zipf", 0.58, 0.65, absent=_LATER),
     Row("e2e.cached_search_ms.c1", "e2e", "cached text Search, p50 ms", 1.5, 0.6, True),
     Row("e2e.text_search_ms.c1", "e2e", "text Search, p50 ms", 12, 3, True),
-    Row("e2e.text_search_vs_stack", "e2e", "over FastAPI, torch and pgvector", 4, 10, absent=_TORCH),
+    Row("e2e.text_search_vs_stack", "peers", "text Search, 16 callers, over FastAPI, torch, FAISS", 4, 10),
     Row("memory.bytes_per_document", "start", "resident bytes a document", 1_200, 700, True),
     Row("start.ready_s", "start", "from disk to SERVING, seconds, on the documents there are", 3, 1, True),
     Row("start.ready_s.300k", "start", "the same with 300k documents", 3, 1, True),

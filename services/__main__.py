@@ -28,6 +28,9 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     EXIT_CODES[signal.SIGHUP] = 0
 #: Objects made, less those freed, between two runs of the garbage collector; a few batches' worth.
 GARBAGE_OBJECTS = 50_000
+#: How long a thread that runs Python may keep one that waits for the interpreter: the default of 5 ms is more
+#: than a search takes, and a search needs it anew after every call of FAISS.
+SWITCH_S = 0.001
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,6 +167,7 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
         if not told.done():
             addresses = starting.result()
             _spare_the_collector()
+            sys.setswitchinterval(SWITCH_S)
             ready = {"ready": True, "grpc": addresses.grpc, "http": addresses.http, "pid": os.getpid()}
             if as_json:
                 print(json.dumps(ready), flush=True)

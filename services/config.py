@@ -88,6 +88,8 @@ class ShardSettings(Section):
     memtable_rows: int = Field(8_192, ge=16)
     #: `auto` builds a graph of so many rows, once nothing is written for a while.
     graph_rows: int = Field(GRAPH_ROWS, ge=32)
+    #: Merges of so many rows run in a process of their own.
+    child_rows: int = Field(16_384, ge=1)
     #: How often a replica looks at the log when nobody told it to.
     poll_ms: int = Field(500, ge=10)
     #: Search threads; 0 means the CPUs this process really has.

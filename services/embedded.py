@@ -344,6 +344,7 @@ class Embedded:
             search_threads=threads,
             memtable_rows=settings.memtable_rows,
             graph_rows=settings.graph_rows,
+            child_rows=settings.child_rows,
             poll_ms=settings.poll_ms,
             device=settings.device,
         )

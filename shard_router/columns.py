@@ -5,7 +5,7 @@ into a dictionary sorted by code point, which makes every keyword comparison one
 without a single value is not stored; it, and one the schema gained later, reads as all null.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -220,10 +220,16 @@ class Columns:
         self._columns, self._schema, self.rows = dict(columns), dict(schema), rows
 
     @classmethod
-    def build(cls, attributes: Sequence[Attributes], schema: Schema) -> "Columns":
-        """The columns of these documents; a NaN is null, an attribute the schema lacks is left out."""
+    def build(
+        cls, attributes: Sequence[Attributes], schema: Schema, pause: Callable[[], None] = lambda: None
+    ) -> "Columns":
+        """The columns of these documents; a NaN is null, an attribute the schema lacks is left out.
+
+        `pause` is called between two columns.
+        """
         columns: dict[str, Column] = {}
         for name, kind in schema.items():
+            pause()
             values = [document.get(name) for document in attributes]
             if any(value is not None for value in values):
                 columns[name] = _build(kind, values)

@@ -82,7 +82,8 @@ class Collection:
     aliases: tuple[str, ...] = ()
 
 
-class LogRow(msgspec.Struct, frozen=True):
+# Documents are no part of cycles (gc=False): the garbage collector need not walk over a memtable of them.
+class LogRow(msgspec.Struct, frozen=True, gc=False):
     """One document as the log last left it; a tombstone where `deleted`."""
 
     id: str
@@ -108,7 +109,7 @@ class LogDelta:
     vectors: np.ndarray
 
 
-class Upsert(msgspec.Struct, frozen=True):
+class Upsert(msgspec.Struct, frozen=True, gc=False):
     """Replace a whole document. `vector` is float32 [dim]."""
 
     id: str

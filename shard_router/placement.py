@@ -33,15 +33,22 @@ def place(
         held[copy.shard, node] += 1
         room[node] -= 1
 
+    ring = Ring(weights)
     for copy in copies:
         node = current.get(copy)
-        if node in weights and held[copy.shard, node] < most and room[node] > 0:
+        if node in weights and held[copy.shard, node] < most:
             put(copy, node)
-    ring = Ring(weights)
     for copy in copies:
         if copy not in placed:
             order = ring.preference(f"shard-{copy.shard}/{copy.replica}")
             put(copy, min(order, key=lambda node: (held[copy.shard, node], room[node] <= 0, -room[node])))
+    for copy in reversed(copies):
+        node = placed[copy]
+        takers = [other for other in weights if room[other] > 0 and held[copy.shard, other] < most]
+        if room[node] < 0 and takers:
+            held[copy.shard, node] -= 1
+            room[node] += 1
+            put(copy, max(takers, key=room.__getitem__))
     return placed
 
 

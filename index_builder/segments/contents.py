@@ -1,6 +1,6 @@
 """Everything of a segment's rows but their vectors, as plain arrays: how it is made, joined and read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -25,22 +25,32 @@ class Draft:
     blocks: Mapping[str, Sequence[np.ndarray]]
 
     @classmethod
-    def of(cls, rows: Sequence[LogRow], schema: Schema) -> "Draft":
-        """The arrays of documents."""
+    def of(cls, rows: Sequence[LogRow], schema: Schema, pause: Callable[[], None] = lambda: None) -> "Draft":
+        """The arrays of documents.
+
+        `pause` is called every few rows' columns: all this is Python, which holds up what else is.
+        """
         ids = [row.id.encode() for row in rows]
-        texts = [(row.text or "").encode() for row in rows]
-        columns = Columns.build([row.attributes for row in rows], schema)
         arrays: dict[str, np.ndarray] = {
             "ids": np.frombuffer(b"".join(ids), np.uint8),
             "id_ends": np.fromiter(accumulate(map(len, ids)), np.int64, len(ids)),
-            "texts": np.frombuffer(b"".join(texts), np.uint8),
-            "text_ends": np.fromiter(accumulate(map(len, texts)), np.int64, len(texts)),
-            "has_text": np.fromiter((row.text is not None for row in rows), np.bool_, len(rows)),
-            "versions": np.array([(row.version.term, row.version.seq) for row in rows], np.int64),
-            "slots": np.fromiter((row.slot for row in rows), np.int32, len(rows)),
-            **_by_hash(hashes_of(ids)),
-            **{_COLUMN + name: array for name, array in columns.to_arrays().items()},
         }
+        pause()
+        arrays |= _by_hash(hashes_of(ids))
+        pause()
+        texts = [(row.text or "").encode() for row in rows]
+        arrays["texts"] = np.frombuffer(b"".join(texts), np.uint8)
+        arrays["text_ends"] = np.fromiter(accumulate(map(len, texts)), np.int64, len(texts))
+        arrays["has_text"] = np.fromiter((row.text is not None for row in rows), np.bool_, len(rows))
+        pause()
+        versions = np.empty((len(rows), 2), np.int64)
+        versions[:, 0] = np.fromiter((row.version.term for row in rows), np.int64, len(rows))
+        versions[:, 1] = np.fromiter((row.version.seq for row in rows), np.int64, len(rows))
+        arrays["versions"] = versions
+        arrays["slots"] = np.fromiter((row.slot for row in rows), np.int32, len(rows))
+        pause()
+        columns = Columns.build([row.attributes for row in rows], schema, pause)
+        arrays |= {_COLUMN + name: array for name, array in columns.to_arrays().items()}
         return cls(len(rows), {name: [array] for name, array in arrays.items()})
 
     @classmethod

@@ -1,12 +1,15 @@
-"""Postgres with pgvector: a row a vector, an HNSW index, a connection a thread."""
+"""Postgres with pgvector: a row a vector, an HNSW index, a connection a caller."""
 
-import threading
-from collections.abc import Sequence
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import psycopg
 
 from loadtests.peers.contender import BATCH
+
+Connection = psycopg.Connection[tuple[object, ...]]
 
 _LINKS, _EF_CONSTRUCTION = 16, 200
 
@@ -19,9 +22,8 @@ class Pgvector:
     def __init__(self, url: str) -> None:
         self._url = url
         self._effort = self.efforts[0]
-        self._local = threading.local()
-        self._open: list[psycopg.Connection[tuple[object, ...]]] = []
-        self._lock = threading.Lock()
+        #: Connections that no thread uses now.
+        self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
 
@@ -42,37 +44,40 @@ class Pgvector:
             connection.execute("ANALYZE peer")
 
     def set_effort(self, effort: int) -> None:
+        self.close()
         self._effort = effort
-        self._local = threading.local()
 
     def search(self, query: np.ndarray, k: int, below: int | None) -> list[int]:
         where = "" if below is None else f"WHERE bucket < {int(below)}"
         statement = f"SELECT id FROM peer {where} ORDER BY embedding <=> %s::vector LIMIT %s"
-        rows = self._connection().execute(statement, (_text(query), k), prepare=True, binary=True)
-        return [int(str(row[0])) for row in rows]
+        with self._connection() as connection:
+            rows = connection.execute(statement, (_text(query), k), prepare=True, binary=True)
+            return [int(str(row[0])) for row in rows]
 
     def batch(self, queries: np.ndarray, k: int) -> list[list[int]]:
-        connection = self._connection()
         statement = "SELECT id FROM peer ORDER BY embedding <=> %s::vector LIMIT %s"
-        with connection.pipeline():
+        with self._connection() as connection, connection.pipeline():
             found = [connection.execute(statement, (_text(each), k), prepare=True) for each in queries]
             return [[int(str(row[0])) for row in cursor] for cursor in found]
 
     def close(self) -> None:
-        for connection in self._open:
-            connection.close()
+        while not self._idle.empty():
+            self._idle.get().close()
 
-    def _connection(self) -> "psycopg.Connection[tuple[object, ...]]":
-        connection: psycopg.Connection[tuple[object, ...]] | None = getattr(self._local, "connection", None)
-        if connection is None:
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        """A connection for one call, with the effort set."""
+        try:
+            connection = self._idle.get_nowait()
+        except queue.Empty:
             connection = psycopg.connect(self._url, autocommit=True)
             connection.execute(f"SET hnsw.ef_search = {self._effort}")
             # A filter goes on looking until there are k, or many were looked at.
             connection.execute("SET hnsw.iterative_scan = strict_order")
-            self._local.connection = connection
-            with self._lock:
-                self._open.append(connection)
-        return connection
+        try:
+            yield connection
+        finally:
+            self._idle.put(connection)
 
 
 def _text(vector: np.ndarray) -> str:

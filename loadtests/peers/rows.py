@@ -5,6 +5,7 @@ A peer and its callers run in `.venv-bench`; whatever is not installed there say
 
 import asyncio
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 
+from index_builder.models.source import packaged_model
 from loadtests.callers import Callers
-from loadtests.corpus import BUCKETS
+from loadtests.corpus import BUCKETS, new_texts
 from loadtests.peers.process import BATCH_ROWS, K
 from loadtests.rivals import PYTHON, ROOT
 from loadtests.run import Run
@@ -31,7 +34,10 @@ from services.supervisor import Supervisor
 
 ABSENT = "needs .venv-bench with the peers: make bench RIVALS=1"
 LOADS = ("c1", "c16", "batch32", "filter1")
-_COLLECTION = "peers"
+_COLLECTION, _TEXTS = "peers", "peers-texts"
+_TEXT_CALLERS = 16
+#: torch takes its time to be imported, and a graph to be built.
+_START_LIMIT_S = 300.0
 #: Of the vectors, and how far below it a peer that cannot reach it is still compared.
 _ENOUGH, _SHORT = 0.99, 0.03
 _BELOW = BUCKETS // 100
@@ -45,6 +51,7 @@ def measure(run: Run) -> Iterator[Measured]:
     """The rows of this family."""
     names = [f"search.vs_peer.{peer}.{load}" for peer in PEERS for load in (*LOADS, "ingest")]
     if not PYTHON.exists():
+        names.append("e2e.text_search_vs_stack")
         yield from (Measured(name, None, why=ABSENT) for name in names)
         return
     ours = _Ours(run)
@@ -61,6 +68,7 @@ def measure(run: Run) -> Iterator[Measured]:
             except PeerFailed as error:
                 for load in (*LOADS, "ingest"):
                     yield Measured(f"search.vs_peer.{peer}.{load}", None, why=str(error))
+        yield _against_a_stack(run, ours, material)
 
 
 def _against(
@@ -94,6 +102,82 @@ def _against(
             yield Measured(f"search.vs_peer.{name}.{load}", ratio(mine, their), told | detail)
 
 
+def _against_a_stack(run: Run, ours: "_Ours", material: Path) -> Measured:
+    texts = new_texts(run.packages)
+    with _Stack(material, run.scratch / "stack.stderr") as stack:
+        mine, theirs = take_turns(
+            run.rounds, lambda: ours.texts_per_s(texts), lambda: stack.per_s(texts, run.seconds)
+        )
+    detail = {
+        "unit": "text searches a second, none of them cached",
+        "callers": _TEXT_CALLERS,
+        "service": median(mine),
+        "stack": median(theirs),
+        "documents": len(ours.vectors),
+    }
+    return Measured("e2e.text_search_vs_stack", ratio(mine, theirs), detail)
+
+
+class _Stack:
+    """The stack of stack.py in a process of its own, and its callers; a context manager."""
+
+    def __init__(self, material: Path, told: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._url, self._told = f"http://127.0.0.1:{port}", told
+        with told.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [PYTHON, "-m", "loadtests.peers.stack", packaged_model(), material, str(port)],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def per_s(self, texts: Iterator[str], seconds: float) -> float:
+        """Answered searches a second, over connections that are kept."""
+
+        async def load() -> float:
+            answered = 0
+            limits = httpx.Limits(max_connections=_TEXT_CALLERS)
+            async with httpx.AsyncClient(base_url=self._url, timeout=60, limits=limits) as client:
+                began_s = time.perf_counter()
+
+                async def caller() -> None:
+                    nonlocal answered
+                    while time.perf_counter() < began_s + seconds:
+                        answer = await client.post("/search", json={"text": next(texts), "k": K})
+                        answer.raise_for_status()
+                        answered += len(answer.json()["hits"]) > 0
+
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(_TEXT_CALLERS):
+                        group.create_task(caller())
+                return answered / (time.perf_counter() - began_s)
+
+        return asyncio.run(load())
+
+    def __enter__(self) -> "_Stack":
+        until_s = time.monotonic() + _START_LIMIT_S
+        while True:
+            try:
+                httpx.get(f"{self._url}/ready", timeout=5).raise_for_status()
+                return self
+            except httpx.HTTPError:
+                if self._process.poll() is not None or time.monotonic() > until_s:
+                    self._end()
+                    last = (self._told.read_text(errors="replace").strip().splitlines() or ["silence"])[-1]
+                    raise PeerFailed(f"the stack did not start: {last}") from None
+                time.sleep(0.2)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
 class _Ours:
     """This service with the same vectors, and its callers."""
 
@@ -119,6 +203,9 @@ class _Ours:
                 ),
             )
             self.ingest = len(self.vectors) / (time.perf_counter() - began_s)
+            # The same vectors in a collection whose texts can be embedded.
+            client.create_collection(_TEXTS)
+            client.upsert(_TEXTS, ({"id": str(i), "vector": vector} for i, vector in enumerate(self.vectors)))
         self._calls: dict[str, Callable[[int], Any]] = {
             "c1": lambda i: self._search(i, None),
             "c16": lambda i: self._search(i, None),
@@ -142,6 +229,14 @@ class _Ours:
         callers = {"c1": 1, "batch32": 4}.get(load, 16)
         rows = BATCH_ROWS if load == "batch32" else 1
         return rows * self._callers.load(callers, self._run.seconds, self._calls[load]).per_s
+
+    def texts_per_s(self, texts: Iterator[str]) -> float:
+        """Text searches a second, 16 callers, past every cache."""
+
+        async def call(_: int) -> object:
+            return await self._callers.client.search(_TEXTS, text=next(texts), k=K, include=(), cache=False)
+
+        return self._callers.load(_TEXT_CALLERS, self._run.seconds, call).per_s
 
     def close(self) -> None:
         """Leave the service."""

@@ -122,14 +122,16 @@ class CacheTier:
                     found[i] = Found(value, "REDIS")
         return found
 
-    def put_many(self, items: Sequence[tuple[bytes, bytes]], *, ttl_s: float | None = None) -> None:
-        """Hold the values: in L1 at once, in Redis soon, where they live `ttl_s` seconds.
+    def put_many(
+        self, items: Sequence[tuple[bytes, bytes]], *, ttl_s: float | None = None, far: bool = True
+    ) -> None:
+        """Hold the values: in L1 at once and, with `far`, in Redis soon, where they live `ttl_s` seconds.
 
         L1 forgets by use, not by time: a value must say itself until when it holds.
         """
         for key, value in items:
             self._hold(key, value)
-            if self._redis:
+            if self._redis and far:
                 self._redis.offer(key, value, ttl_s)
 
     @property

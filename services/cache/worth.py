@@ -1,32 +1,36 @@
-"""Whether looking for a thing costs less than making it anew, judged by how often it was found lately."""
+"""Whether to look for things, and to keep them, where making them anew costs little more."""
+
+from collections.abc import Container, Iterable
 
 #: Weight of one look against all before it: some thirty looks are remembered.
 WEIGHT = 1 / 32
-#: Where looks pay too seldom, one of so many is still made, to notice when that changes.
-PROBE_EVERY = 16
+#: One key of so many is always looked for and kept: the sample that the others are judged by.
+SAMPLE_EVERY = 16
 
 
 class Worth:
-    """Counts looks and finds; `pays` while their share is at least `least_share`, and now and then beyond.
+    """Whether keys pay: all while at least `least_share` of the sample is found, else the sample alone.
 
-    Begins in good faith: the first looks are all made.
+    The sample is the same keys at all times. So it is found as often as the others would be, had they been
+    kept, and it is noticed when they come to pay. Begins in good faith: all keys pay at first. Keys are
+    digests: their last byte is as good as chance.
     """
 
     def __init__(self, least_share: float) -> None:
         self._least_share = least_share
         #: 0 to 1, the latest looks counting most.
         self.found_share = 1.0
-        self._skipped = 0
 
-    def pays(self) -> bool:
-        """Whether to look this time."""
-        if self.found_share >= self._least_share:
-            return True
-        self._skipped = (self._skipped + 1) % PROBE_EVERY
-        return self._skipped == 0
+    def pays(self, key: bytes) -> bool:
+        """Whether to look for this key, and to keep what is made in its place."""
+        return self.found_share >= self._least_share or _in_sample(key)
 
-    def count(self, *, looked: int, found: int) -> None:
-        """So many things were looked for, and so many found."""
-        kept = (1 - WEIGHT) ** looked
-        if looked:
-            self.found_share = self.found_share * kept + found / looked * (1 - kept)
+    def count(self, looked: Iterable[bytes], found: Container[bytes]) -> None:
+        """These keys were looked for; those in `found` were there."""
+        for key in looked:
+            if _in_sample(key):
+                self.found_share += WEIGHT * ((key in found) - self.found_share)
+
+
+def _in_sample(key: bytes) -> bool:
+    return key[-1] % SAMPLE_EVERY == 0

@@ -1,13 +1,15 @@
 """Group commit: writes that wait together share a transaction, in order of arrival.
 
-While one transaction is under way the next batch gathers; nobody waits for a timer. Bounded in rows.
+While one transaction is under way the next batch gathers; nobody waits for a timer. Bounded in rows. A batch
+of many rows would keep the event loop from searches for long: so batches are small, and what is larger is
+committed in several.
 """
 
 import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.deadline import Deadline
 from services.gateway.catalog import Served
@@ -17,8 +19,8 @@ from shard_router.model import Write, WriteOutcome
 
 log = logging.getLogger(__name__)
 
-#: Rows of one transaction.
-BATCH_ROWS = 2_048
+#: Rows of one transaction: two to three milliseconds of the event loop, in two pieces.
+BATCH_ROWS = 512
 #: Rows that may wait for one collection; beyond it writers are refused.
 QUEUE_ROWS = 32_768
 #: A transaction has this long, whoever waits for it.
@@ -33,10 +35,19 @@ class Committed:
     upto: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    writes: Sequence[Write]
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One writer, who waits for all parts of what it submitted."""
+
     done: asyncio.Future[Committed]
+    missing_parts: int
+    outcomes: list[WriteOutcome] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    call: _Call
+    writes: Sequence[Write]
 
 
 class Committer:
@@ -45,20 +56,25 @@ class Committer:
     def __init__(self, store: Store, served: Served) -> None:
         self._store = store
         self._served = served
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Part] = deque()
         #: Rows in `_waiting`; at most QUEUE_ROWS.
         self._rows = 0
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
     def submit(self, writes: Sequence[Write]) -> asyncio.Future[Committed]:
-        """Queue writes behind everything submitted before; Overloaded when too many wait."""
+        """Queue writes behind everything submitted before; Overloaded when too many wait.
+
+        If it fails, some of more than BATCH_ROWS writes may be committed all the same.
+        """
         if self._closed:
             raise NotFound("collection", self._served.collection.name)
         if self._rows + len(writes) > QUEUE_ROWS:
             raise Overloaded("the collection's write queue", QUEUE_ROWS)
         done: asyncio.Future[Committed] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(writes, done))
+        starts = range(0, len(writes), BATCH_ROWS)
+        call = _Call(done, len(starts))
+        self._waiting += [_Part(call, writes[start : start + BATCH_ROWS]) for start in starts]
         self._rows += len(writes)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
@@ -83,8 +99,8 @@ class Committer:
         finally:
             self._task = None
 
-    async def _commit(self, batch: list[_Waiting]) -> None:
-        writes = [write for waiting in batch for write in waiting.writes]
+    async def _commit(self, batch: list[_Part]) -> None:
+        writes = [write for part in batch for write in part.writes]
         try:
             commit = await self._store.write(
                 self._served.collection, writes, deadline=Deadline.after(COMMIT_TIMEOUT_S)
@@ -96,17 +112,20 @@ class Committer:
                 failure = StorageUnavailable("the write batch failed; the log has the reason")
             # It may be committed all the same; then the replicas find it in the log.
             self._served.look()
-            for waiting in batch:
-                if not waiting.done.done():
-                    waiting.done.set_exception(failure)
-                    waiting.done.exception()  # a caller who left must not turn it into a warning
+            for part in batch:
+                if not part.call.done.done():
+                    part.call.done.set_exception(failure)
+                    part.call.done.exception()  # a caller who left must not turn it into a warning
             if isinstance(error, asyncio.CancelledError):
                 raise
             return
+        await asyncio.sleep(0)  # applying is another piece of a millisecond
         self._served.committed(commit.upto, commit.delta, commit.epoch)
         at = 0
-        for waiting in batch:
-            outcomes = commit.outcomes[at : at + len(waiting.writes)]
-            at += len(waiting.writes)
-            if not waiting.done.done():
-                waiting.done.set_result(Committed(outcomes, commit.upto))
+        for part in batch:
+            call = part.call
+            call.outcomes += commit.outcomes[at : at + len(part.writes)]
+            call.missing_parts -= 1
+            at += len(part.writes)
+            if not call.missing_parts and not call.done.done():
+                call.done.set_result(Committed(call.outcomes, commit.upto))

@@ -19,7 +19,8 @@ from services.embedder.embedder import Embedded, InputType
 from services.gateway.endpoints import EmbedderEndpoint
 from shard_router.errors import InvalidField
 
-#: A look into Redis costs a tenth of embedding a short text; for this many texts at once, next to nothing.
+#: A look into Redis costs a tenth of embedding a short text, a write half as much;
+#: for this many texts at once both are next to nothing.
 LEAST_FOUND, MANY_TEXTS = 0.1, 16
 
 
@@ -75,7 +76,8 @@ class Embeddings:
         began = time.perf_counter()
         variant, dim = self.manifest.variant, self.manifest.dim
         names = [keys.embedding_key(variant, input_type.value, dim, True, text) for text in texts]
-        known = await self._look_up(names)
+        far = len(names) >= MANY_TEXTS or (bool(names) and self._redis.pays(names[0]))
+        known = await self._look_up(names, far=far)
         cache_ms = (time.perf_counter() - began) * 1e3
         missing: dict[bytes, list[int]] = {}
         for i, name in enumerate(names):
@@ -85,32 +87,32 @@ class Embeddings:
             return self._merged(names, known, cache_ms)
         if len(missing) == len(names):
             made = await self.embedder.embed(texts, input_type, deadline)
-            self._keep(names, made)
+            self._keep(names, made, far=far)
             return self._fresh(made, cache_ms)
         wanted = [texts[rows[0]] for rows in missing.values()]
         made = await self.embedder.embed(wanted, input_type, deadline)
-        self._keep(list(missing), made)
+        self._keep(list(missing), made, far=far)
         return self._merged(names, known, cache_ms, list(missing.values()), made)
 
-    async def _look_up(self, names: Sequence[bytes]) -> dict[bytes, EmbeddingEntry]:
-        """What the cache knows, by name; Redis is asked where that is likely to pay."""
-        far = len(names) >= MANY_TEXTS or self._redis.pays()
+    async def _look_up(self, names: Sequence[bytes], *, far: bool) -> dict[bytes, EmbeddingEntry]:
+        """What the cache knows, by name; Redis is asked only with `far`."""
         known: dict[bytes, EmbeddingEntry] = {}
-        near = 0
+        looked: list[bytes] = []
         for name, found in zip(names, await self._cache.get_many(names, far=far), strict=True):
+            if found is None or found.tier != "L1":
+                looked.append(name)
             if found is not None:
                 entry = EmbeddingEntry.decode(found.value)
-                near += found.tier == "L1"
                 if entry is not None and len(entry.vector) == 4 * self.manifest.dim:
                     known[name] = entry
         if far:
-            self._redis.count(looked=len(names) - near, found=max(0, len(known) - near))
+            self._redis.count(looked, known)
         return known
 
-    def _keep(self, names: Sequence[bytes], made: Embedded) -> None:
+    def _keep(self, names: Sequence[bytes], made: Embedded, *, far: bool) -> None:
         rows = zip(names, made.vectors, made.tokens.tolist(), made.truncated.tolist(), strict=True)
         entries = [(name, EmbeddingEntry.of(vector, t, cut).encode()) for name, vector, t, cut in rows]
-        self._cache.put_many(entries, ttl_s=self._ttl_s)
+        self._cache.put_many(entries, ttl_s=self._ttl_s, far=far)
 
     def _merged(
         self,

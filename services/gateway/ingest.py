@@ -24,6 +24,7 @@ from services.gateway.catalog import Catalog, Served
 from services.gateway.committer import Committed, Committer
 from services.gateway.models import Models
 from services.gateway.streams import in_order
+from services.gateway.turns import Turns
 from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, VersionConflict
 from shard_router.filters import Filter, check
@@ -35,8 +36,8 @@ Response = TypeVar("Response", pb.UpsertResponse, pb.PatchResponse)
 
 #: Batches of one stream that are embedded, and that are committed, at once; reading pauses beyond it.
 STREAM_BATCHES = 4
-#: Documents checked before the event loop gets its turn: about a millisecond.
-SLICE_ROWS = 64
+#: Documents checked before the event loop gets its turn: about half a millisecond.
+SLICE_ROWS = 32
 #: Documents one round of a Delete by filter takes.
 DELETE_ROWS = 2_048
 
@@ -103,6 +104,7 @@ class Ingest:
         self._models = models
         self._limits = limits
         self._committers: dict[int, Committer] = {}
+        self._turns = Turns()
         catalog.on_drop.append(self._drop)
 
     async def upsert(self, request: pb.UpsertRequest, tenant: str, deadline: Deadline) -> pb.UpsertResponse:
@@ -214,7 +216,7 @@ class Ingest:
         checked: list[Upsert | _Wanting | RingfortError] = []
         for document, vector, inside in zip(request.documents, rows, sound, strict=True):
             if len(checked) % SLICE_ROWS == SLICE_ROWS - 1:
-                await asyncio.sleep(0)
+                await self._turns.next()
             try:
                 if not inside:
                     raise InvalidField("vector", wire.OUT_OF_BOUNDS)

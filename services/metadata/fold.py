@@ -21,7 +21,7 @@ from shard_router.model import (
 )
 
 
-class Draft(msgspec.Struct, frozen=True):
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """A document as a batch leaves it.
 
     `ordinal` counts from 1 within the batch: its position is the counter before the batch plus that.

@@ -9,7 +9,7 @@ import psycopg
 from services.metadata.database import Database
 from services.metadata.ownership import REGAIN_WAIT_S, Ownership
 from services.metadata.statements import bare_statement
-from shard_router.errors import PreconditionFailed
+from shard_router.errors import NotFound, PreconditionFailed
 from shard_router.model import Collection
 
 
@@ -44,7 +44,7 @@ class Jobs:
         self._ownership = ownership
 
     async def begin(self, collection: Collection, kind: str, argument: int) -> JobRecord:
-        """A new job, running; PreconditionFailed while another of the collection does."""
+        """A new job, running; PreconditionFailed while another of the collection does, NotFound."""
         await self._ownership.require(REGAIN_WAIT_S)
         values = {"id": uuid.uuid4(), "uid": collection.uid, "kind": kind, "argument": argument}
         try:
@@ -53,6 +53,8 @@ class Jobs:
                 row = await cursor.fetchone()
         except psycopg.errors.UniqueViolation:
             raise PreconditionFailed(f"another job of collection {collection.name} is running") from None
+        except psycopg.errors.ForeignKeyViolation:
+            raise NotFound("collection", collection.name) from None
         assert row is not None, "it was inserted"
         return _record(row)
 

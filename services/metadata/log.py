@@ -165,6 +165,7 @@ class Log:
         claim = await self._ownership.require(deadline.require("database"))
         term, dim = claim.term, collection.dim
         plan = None if needed else fold(writes, slots, {}, None, term=term, dim=dim)
+        await asyncio.sleep(0)  # the event loop's turn, between two pieces of a millisecond
         began_s = time.perf_counter()
         async with self._database.connection(deadline.require("database")) as connection:
             try:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from index_builder.segments.compaction import Policy
+from index_builder.segments.contents import Draft
 from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.merge import merge, merge_in_child
 from index_builder.segments.segment import Segment
@@ -43,7 +44,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: Merges of so many rows are worth a process of their own.
-_CHILD_ROWS = 16_384
+CHILD_ROWS = 16_384
+#: The interpreter is left to others for so long between two pieces of a seal.
+_PAUSE_S = 0.002
 #: What a full disk says.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -61,11 +64,15 @@ class FileWork:
         layout: Layout,
         shelf: Shelf,
         policy: Policy,
+        child_rows: int,
         on_corrupt: Callable[[str, str], None],
     ) -> None:
-        """`on_corrupt` is told the name of a segment that a merge found damaged, and how."""
+        """child_rows: merges of so many run in a process of their own.
+
+        `on_corrupt` is told the name of a segment that a merge found damaged, and how.
+        """
         self._collection, self._layout, self._shelf = collection, layout, shelf
-        self._policy, self._on_corrupt = policy, on_corrupt
+        self._policy, self._child_rows, self._on_corrupt = policy, child_rows, on_corrupt
         self._state = FileState(policy)
         self._thread = ThreadPoolExecutor(1, "segments")
         self._tasks: dict[asyncio.Task[None], Work] = {}
@@ -82,6 +89,11 @@ class FileWork:
     def backlog(self) -> int:
         """Frozen memtables that lie in no segment yet."""
         return len(self._state.frozen)
+
+    @property
+    def left_segments(self) -> int:
+        """Segments that could not be rewritten, and are searched as they are until the next start."""
+        return len(self._state.left & self._layout.segments.keys())
 
     @property
     def pending_rows(self) -> int:
@@ -114,6 +126,7 @@ class FileWork:
             "frozen_memtables": self.backlog,
             "merging": float(self._child is not None),
             "disk_full": float(self.disk_full is not None),
+            "left_segments": self.left_segments,
             "seals_total": self._seals,
             "rewrites_total": self._rewrites,
             "file_failures_total": self._failures,
@@ -141,21 +154,23 @@ class FileWork:
         except _Overtaken:
             event = Done(work, self._layout.facts())
         except Exception as error:
-            self._failed(work, error)
-            event = Failed(work)
+            event = Failed(work, for_room=self._failed(work, error))
         self._handle(event)
 
-    def _failed(self, work: Work, error: Exception) -> None:
+    def _failed(self, work: Work, error: Exception) -> bool:
+        """Tell why; whether it was for want of room."""
         if isinstance(error, SegmentCorrupt):
             if not self._closing:
                 self._on_corrupt(os.path.basename(error.path), error.why)
-            return
+            return False
         self._failures += 1
         known = isinstance(error, OSError)
         directory = self._shelf.directory
         log.error("%s in %s failed, tried again later: %s", work, directory, error, exc_info=not known)
         if isinstance(error, OSError) and error.errno in _FULL:
             self.disk_full = f"no room in {directory}: {error.strerror}"
+            return True
+        return False
 
     async def _seal(self, number: int) -> None:
         memtable = self._layout.part(number).body
@@ -167,10 +182,11 @@ class FileWork:
         def write() -> Segment | None:
             if not len(rows):
                 return None
-            return Segment.write(
+            picked = [memtable.rows[row] for row in rows.tolist()]
+            return Segment.write_draft(
                 path,
-                [memtable.rows[row] for row in rows.tolist()],
-                memtable.vectors[rows],
+                Draft.of(picked, collection.schema, lambda: time.sleep(_PAUSE_S)),
+                [memtable.vectors[rows]],
                 collection.metric,
                 collection.schema,
                 covers=(memtable.after, memtable.upto),
@@ -188,7 +204,7 @@ class FileWork:
         path = self._shelf.new_segment()
         sources = [(segment, picks[number]) for number, segment in parts.items()]
         schema, device = self._collection.schema, self._policy.device
-        if sum(len(rows) for rows in picks.values()) >= _CHILD_ROWS:
+        if sum(len(rows) for rows in picks.values()) >= self._child_rows:
             self._child = asyncio.current_task()
             try:
                 segment = await merge_in_child(path, sources, schema, kind, device)

@@ -122,16 +122,17 @@ class Follower:
     async def backfill(self, slots: Sequence[int]) -> None:
         """Follow these slots too; returns when all their documents are here. What reading raises, this does.
 
-        Pages may be cut short, and documents move between them; but who moves is found where it is followed.
+        Pages may be cut short, and documents move between them, but only to where a later page finds them.
         """
         slots = self._holdings.follow(slots)
         if not slots:
             return
-        # Of what is followed from here on, the log's readers have let nothing slip.
-        after, upto = 0, self._layout.cursor
+        after, ends = 0, False
         self._layout.backfilling(1)
         try:
-            while after < upto:
+            # To the log's end, and not only up to where it is followed: a document that has moved on is found
+            # there, and would be missed until it is.
+            while not ends:
                 try:
                     delta = await self._read(after, slots)
                 except LogPurged:
@@ -140,16 +141,14 @@ class Follower:
                     continue
                 if delta is None:
                     raise Unavailable(f"the replica of {self._name} is down: {self.down}")
-                rows = [row for row in delta.rows if row.version.seq <= upto]
-                for start in range(0, len(rows), _SLICE_ROWS):
-                    part, vectors = (
-                        rows[start : start + _SLICE_ROWS],
-                        delta.vectors[start : start + _SLICE_ROWS],
-                    )
-                    self._froze(self._layout.backfill(part, vectors, after))
-                    after = part[-1].version.seq
+                for start in range(0, len(delta.rows), _SLICE_ROWS):
+                    rows = delta.rows[start : start + _SLICE_ROWS]
+                    vectors = delta.vectors[start : start + _SLICE_ROWS]
+                    self._froze(self._layout.backfill(rows, vectors, after))
+                    after = rows[-1].version.seq
                     await asyncio.sleep(0)
-                self._counts["backfilled_rows"] += len(rows)
+                self._counts["backfilled_rows"] += len(delta.rows)
+                ends = delta.upto - delta.after < self._tail_rows
                 after = delta.upto
             self._holdings.complete(slots)
         finally:

@@ -14,7 +14,7 @@ class Holdings:
     """
 
     def __init__(self, slots: int, held: Iterable[int] | None, epoch: int) -> None:
-        """held: those followed, whole and answered for from the start; None for all."""
+        """held: those followed, whole and answered for from the start; None for all. epoch: 0 before any."""
         #: Log rows of these are applied.
         self.followed = mask_of(slots, range(slots) if held is None else held)
         #: Every document of these is here, as of the replica's cursor.
@@ -63,7 +63,7 @@ class Holdings:
             raise ValueError(f"told of epoch {epoch} after epoch {self.epoch}")
         if not self.whole[wanted].all():
             raise ValueError(f"slots {np.flatnonzero(wanted & ~self.whole).tolist()} are not whole here")
-        if not np.array_equal(wanted, self.served):
+        if not self.epoch or not np.array_equal(wanted, self.served):
             self.served, self.since = wanted, epoch
         self.epoch = epoch
 

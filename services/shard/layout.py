@@ -161,6 +161,8 @@ class Layout:
         """Drop the documents of these slots, and follow them no more."""
         self._holdings.release(slots)
         self.drop_strangers()
+        followed = self._holdings.followed
+        self._deleted = {id for id in self._deleted if followed[slot_of(id, len(followed))]}
 
     def drop_strangers(self) -> None:
         """Drop the documents of slots that are not followed."""

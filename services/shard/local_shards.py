@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from services.shard.file_work import CHILD_ROWS
 from services.shard.replica import Replica, Tail
 from shard_router.errors import UnknownLog
 from shard_router.model import Collection
@@ -28,6 +29,7 @@ class LocalShards:
         search_threads: ThreadPoolExecutor,
         memtable_rows: int,
         graph_rows: int,
+        child_rows: int = CHILD_ROWS,
         poll_ms: int,
         device: str,
     ) -> None:
@@ -36,6 +38,7 @@ class LocalShards:
         self._search_threads = search_threads
         self._memtable_rows = memtable_rows
         self._graph_rows = graph_rows
+        self._child_rows = child_rows
         self._poll_ms = poll_ms
         self._device = device
 
@@ -66,6 +69,7 @@ class LocalShards:
                 search_threads=self._search_threads,
                 memtable_rows=self._memtable_rows,
                 graph_rows=self._graph_rows,
+                child_rows=self._child_rows,
                 poll_ms=self._poll_ms,
                 device=self._device,
             )

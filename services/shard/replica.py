@@ -18,7 +18,7 @@ from index_builder.segments import device as devices
 from index_builder.segments.compaction import Policy
 from index_builder.segments.index_spec import DEFAULT_EFFORT, GRAPH_ROWS, Effort
 from services.deadline import Deadline
-from services.shard.file_work import FileWork
+from services.shard.file_work import CHILD_ROWS, FileWork
 from services.shard.filter_cache import FilterCache
 from services.shard.follower import Follower, Tail
 from services.shard.holdings import Holdings
@@ -76,6 +76,7 @@ class Replica:
         poll_ms: int,
         tail_rows: int,
         policy: Policy,
+        child_rows: int,
     ) -> None:
         """Use `open`; this only puts the parts together."""
         self._collection, self._shelf, self._layout = collection, shelf, layout
@@ -84,7 +85,7 @@ class Replica:
         self._filters = FilterCache(_FILTER_CACHE_BYTES)
         rendering = Rendering(collection.schema, _RENDERED_ROWS_BYTES)
         self._searches = Searches(collection.metric, search_threads, self._filters, rendering)
-        self._files = FileWork(collection, layout, shelf, policy, self._lose)
+        self._files = FileWork(collection, layout, shelf, policy, child_rows, self._lose)
         self._follower = Follower(
             self._name, layout, self._files, log_id, tail, holdings,
             poll_ms=poll_ms, tail_rows=tail_rows, missing=recovered.missing,
@@ -111,6 +112,7 @@ class Replica:
         device: str = "cpu",
         tail_rows: int = 4096,
         graph_rows: int = GRAPH_ROWS,
+        child_rows: int = CHILD_ROWS,
     ) -> "Replica":
         """Recover from the directory, read the log until it is passed, and go on following it.
 
@@ -131,7 +133,7 @@ class Replica:
         layout = _restored(collection, recovered, memtable_rows, holdings)
         replica = cls(
             collection, shelf, layout, holdings, log_id, tail, search_threads, recovered,
-            poll_ms=poll_ms, tail_rows=tail_rows, policy=policy,
+            poll_ms=poll_ms, tail_rows=tail_rows, policy=policy, child_rows=child_rows,
         )  # fmt: skip
         try:
             await replica._follower.start()
@@ -290,6 +292,11 @@ class Replica:
             return "repairing", f"a segment was damaged; {missing} positions of the log are read again"
         if self._files.disk_full is not None:
             return "disk_full", self._files.disk_full
+        if left := self._files.left_segments:
+            return (
+                "unmerged",
+                f"{left} segments could not be rewritten and are searched as they are; see the log",
+            )
         return "serving", ""
 
     def segments(self) -> list[SegmentStatus]:

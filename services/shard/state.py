@@ -14,6 +14,8 @@ from index_builder.segments.index_spec import IndexKind
 
 #: How long after a failure to try again; doubled by each further one, up to the second figure.
 RETRY_FIRST_S, RETRY_MOST_S = 1.0, 60.0
+#: A rewrite that failed so often in a row, and not for want of room, is given up.
+REWRITE_TRIES = 8
 #: So many rows of a memtable that nothing was written to for so long are sealed before it is full:
 #: a segment takes half the time to search, and needs no log to recover.
 QUIET_ROWS, QUIET_S = 1024, 3.0
@@ -63,9 +65,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Some work could not be carried out (the disk is full, say); nothing changed."""
+    """Some work could not be carried out; nothing changed. `for_room`: because the disk is full."""
 
     work: Work
+    for_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +116,17 @@ class FileState:
         self._filled_at_s = -LOAD_OVER_S
         #: Whether no bulk load was going on when that was last looked at.
         self._calm = False
+        #: Segments that a rewrite was given up of: searched as they are, and not chosen again.
+        self.left: set[int] = set()
+        #: Rewrites in a row that failed, and not for want of room.
+        self._tries = 0
 
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
         """Take an event in, and say what to begin now.
 
         Freeze is done at once; Seal and Rewrite take time, and end with Done or Failed. After a failure
-        nothing of that sort begins until time has passed, so events (Looked) must keep coming.
+        nothing of that sort begins until time has passed, so events (Looked) must keep coming. What made a
+        rewrite fail again and again would make it fail for ever: its segments are left as they are.
         """
         segments: Sequence[SegmentFacts] = ()
         match event:
@@ -131,8 +139,15 @@ class FileState:
                 lane.doing, lane.failures = None, 0
                 if isinstance(work, Seal):
                     self.frozen.popleft()
-            case Failed(work):
+                else:
+                    self._tries = 0
+            case Failed(work, for_room):
                 self._lane(work).failed(now_s)
+                if isinstance(work, Rewrite):
+                    self._tries = 0 if for_room else self._tries + 1
+                    if self._tries == REWRITE_TRIES:
+                        self.left.update(work.numbers)
+                        self._tries = 0
                 return []
             case Looked(segments, open_rows, quiet_s):
                 if not self.frozen and open_rows >= QUIET_ROWS and quiet_s >= QUIET_S:
@@ -142,10 +157,13 @@ class FileState:
 
     def debt(self, segments: Sequence[SegmentFacts]) -> int:
         """Rows of segments that are being rewritten, or will be once it is calm."""
-        return compaction.debt(segments, self._policy)
+        return compaction.debt(self._movable(segments), self._policy)
 
     def _lane(self, work: Work) -> _Lane:
         return self._seals if isinstance(work, Seal) else self._rewrites
+
+    def _movable(self, segments: Sequence[SegmentFacts]) -> Sequence[SegmentFacts]:
+        return [segment for segment in segments if segment.number not in self.left]
 
     def _begin(self, segments: Sequence[SegmentFacts], now_s: float) -> list[Instruction]:
         begun: list[Instruction] = []
@@ -154,7 +172,7 @@ class FileState:
                 self._seals.doing = Seal(self.frozen[0])
                 begun.append(self._seals.doing)
         elif self._rewrites.free(now_s) and (
-            choice := compaction.choose(segments, self._policy, calm=self._calm)
+            choice := compaction.choose(self._movable(segments), self._policy, calm=self._calm)
         ):
             self._rewrites.doing = Rewrite(*choice)
             begun.append(self._rewrites.doing)

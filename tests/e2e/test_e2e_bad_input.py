@@ -1,8 +1,7 @@
 """Bad input: the right code, the field by name, a reason, nothing written, and a service none the worse."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic, sleep
 
 import grpc
 import httpx
@@ -12,6 +11,7 @@ from bad_requests import BAD, INVALID, TEXTS, UNIMPLEMENTED, VECTORS, Bad
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from refusal import Refusal, refused
 from rpc import Rpc
+from waiting import eventually
 
 from protos.ringfort import v1 as pb
 from ringfort import Client
@@ -122,13 +122,6 @@ def all_well(rpc: Rpc, channel: grpc.Channel, web: httpx.Client) -> None:
 def gauge(web: httpx.Client, name: str) -> float:
     (line,) = [line for line in web.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
     return float(line.split()[1])
-
-
-def eventually(holds: Callable[[], bool], within_s: float = 10.0) -> None:
-    until_s = monotonic() + within_s
-    while not holds():
-        assert monotonic() < until_s, "not within the time"
-        sleep(0.01)
 
 
 @pytest.mark.parametrize("callers", [1, 32])

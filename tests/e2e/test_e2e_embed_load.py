@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from refusal import refusal_of
 from rpc import Rpc
 from up import Up
+from waiting import eventually
 
 from protos.ringfort import v1 as pb
 
@@ -127,13 +128,6 @@ def retry_after_s(error: grpc.RpcError) -> float:
         if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)
     ]
     return info.retry_delay.ToTimedelta().total_seconds()
-
-
-def eventually(holds: Callable[[], bool], within_s: float = 30.0) -> None:
-    until_s = monotonic() + within_s
-    while not holds():
-        assert monotonic() < until_s, "not within the time"
-        sleep(0.005)
 
 
 def settled(value: Callable[[], float], quiet_s: float = 0.5) -> float:

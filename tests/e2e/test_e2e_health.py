@@ -51,7 +51,6 @@ NOT_YET: list[tuple[str, str, Any]] = [
     ("index", "Reindex", pb.ReindexRequest(collection="any")),
     ("index", "Activate", pb.ActivateRequest(collection="any", generation=2)),
     ("index", "Rollback", pb.RollbackRequest(collection="any")),
-    ("model", "SetTraffic", pb.SetTrafficRequest()),
     ("cluster", "Backup", pb.BackupRequest(destination="any")),
     ("cluster", "Restore", pb.RestoreRequest(source="any")),
 ]

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -17,6 +16,7 @@ import pytest
 from refusal import refused
 from rpc import Rpc
 from up import Up, lend_model
+from waiting import eventually
 
 from index_builder.models.space import variant_id
 from protos.ringfort import v1 as pb
@@ -358,14 +358,6 @@ def test_the_command_line_registers_promotes_and_lists(
     assert main(["models", "rollback", name, "--server", service.grpc]) == 1
     assert "was live before" in capsys.readouterr().err
     assert main(["models", "promote", name, "--server", service.grpc]) == 2
-
-
-def eventually(ask: Callable[[], object], within_s: float = 30) -> None:
-    """Ask until the answer is yes; AssertionError where it never is."""
-    until_s = time.monotonic() + within_s
-    while not ask():
-        assert time.monotonic() < until_s
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -223,8 +223,7 @@ def test_a_replica_answers_as_a_dictionary_would(
     with (
         tempfile.TemporaryDirectory() as directory,
         ThreadPoolExecutor(2) as threads,
-        # It is always calm, and merges of a few rows need no process of their own.
+        # It is always calm.
         patch.multiple("services.shard.state", QUIET_S=0.0, QUIET_ROWS=3, RETRY_FIRST_S=0.01),
-        patch("services.shard.file_work._CHILD_ROWS", 1_000_000),
     ):
         asyncio.run(run(steps, metric, page_rows, Path(directory) / "shard-0", threads))

@@ -129,8 +129,9 @@ class Replica(_message.Message):
     replica: _builtins.int
     endpoint: _builtins.str
     state: _builtins.str
-    """serving; opening (it is catching up, and not asked yet); repairing (documents of a damaged segment are being read again, answers lack them);
-    disk_full (sealing pauses until there is room); down.
+    """serving; opening (it is catching up, and not asked yet); repairing (documents of a damaged segment are being
+    read again, answers lack them); disk_full (sealing pauses until there is room); unmerged (segments that could
+    not be rewritten are searched as they are, until the next start tries again); down.
     """
     position: _builtins.int
     documents: _builtins.int

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sysconfig
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 from up import end
+from waiting import eventually
 
 T = TypeVar("T")
 
@@ -128,15 +128,6 @@ class Running:
         stream = getattr(self.process, name)
         while piece := os.read(stream.fileno(), 65536):
             self._said[name].append(piece)
-
-
-def eventually(ask: Callable[[], T], within_s: float, every_s: float = 0.01) -> T:
-    """The first answer that is true; AssertionError where there is none in time."""
-    until_s = time.monotonic() + within_s
-    while not (answer := ask()):
-        assert time.monotonic() < until_s, f"not so within {within_s:g} s"
-        time.sleep(every_s)
-    return answer
 
 
 def all_gone(processes: Sequence[psutil.Process]) -> bool:

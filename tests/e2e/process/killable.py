@@ -108,6 +108,19 @@ class Killable:
         eventually(lambda: all_gone([process]), GONE_WITHIN_S)
         return process
 
+    def merges(self) -> dict[psutil.Process, set[Path]]:
+        """The processes that merge segments at this moment, and what each has open or mapped."""
+        assert self._up is not None
+        found = {}
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._up.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    if "index_builder.segments.merge" in child.cmdline():
+                        open_files = [file.path for file in child.open_files()]
+                        mapped = [file.path for file in child.memory_maps()]
+                        found[child] = {Path(path) for path in open_files + mapped}
+        return found
+
     def _running(self, name: str) -> psutil.Process | None:
         """The server's process; None where it is gone and perhaps a stranger has its number."""
         try:

@@ -1,7 +1,6 @@
 """The segment files of a data directory: whether they are whole, how many there were, how to damage them."""
 
 import contextlib
-import time
 from pathlib import Path
 from random import Random
 
@@ -38,13 +37,9 @@ class ShardFiles:
         """Damaged segments that were set aside."""
         return [path for found in self._by_shard("quarantined-*") for path in found]
 
-    def being_written(self, within_s: float) -> bool:
-        """Whether a segment was seen half written in that time; returns at that very moment."""
-        until_s = time.monotonic() + within_s
-        while time.monotonic() < until_s:
-            if any(self._root.glob("*/shard-*/.*.part")):
-                return True
-        return False
+    def half_written(self) -> set[Path]:
+        """Segments that somebody is writing at this moment."""
+        return set(self._root.glob("*/shard-*/.*.part"))
 
     def require_whole(self) -> int:
         """Nobody writes: of every shard the newest manifest reads, and so does every byte it names.

@@ -1,6 +1,6 @@
 """Random writes and reads, with a restart among them, through a real service: as a dictionary would answer.
 
-SEEDS says how many sequences (3; `make long` 64), SEED which is the first of them.
+SEQUENCES says how many (3; `make long` 64), SEED which is the first of them.
 """
 
 import os
@@ -15,7 +15,7 @@ from shard_files import ShardFiles
 
 from shard_router.model import AttributeType
 
-SEEDS = int(os.environ.get("SEEDS", "3"))
+SEQUENCES = int(os.environ.get("SEQUENCES", "3"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 #: Sequences that share a service, and so its restart.
 TOGETHER = 8
@@ -25,16 +25,16 @@ BEFORE, AFTER = 130, 60
 SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "16"}
 
 
-@pytest.mark.timeout(120 + 15 * SEEDS)
+@pytest.mark.timeout(120 + 15 * SEQUENCES)
 def test_the_service_answers_as_a_dictionary_would(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with capsys.disabled():
-        print(f"\n[{SEEDS} sequences, SEED={SEED}]")
+        print(f"\n[{SEQUENCES} sequences, SEED={SEED}]")
     files = ShardFiles(data_dir, {name: AttributeType(kind) for name, kind in SCHEMA.items()})
     with Killable(data_dir, SETTINGS) as service, service.client() as client:
-        for first in range(0, SEEDS, TOGETHER):
-            seeds = range(SEED + first, SEED + min(first + TOGETHER, SEEDS))
+        for first in range(0, SEQUENCES, TOGETHER):
+            seeds = range(SEED + first, SEED + min(first + TOGETHER, SEQUENCES))
             players = {seed: Player(client, f"c-{seed}", Random(seed)) for seed in seeds}
             for seed, player in players.items():
                 print(f"seed {seed}")

@@ -1,17 +1,22 @@
 """Any process killed at any moment, many times over: nothing acknowledged is lost, nothing deleted returns.
 
-Memtables are so small that seals and merges go on all the time, and half of the kills wait for one that is
-half written; now and then writing pauses, so that graphs are built, and the kill comes amid one.
+Memtables are so small that seals and merges go on all the time, and merges of a few rows have a process of
+their own. Kills of the service, and of such a process alone, come in turn amid a seal, amid a merge, and at
+any moment; now and then writing pauses, so that graphs are built, and the kill comes amid one.
 KILLS says how many (20; `make long` 200), SEED repeats a sequence.
 """
 
 import contextlib
+import itertools
 import os
 import secrets
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 from command_line import all_gone, eventually
 from killable import Killable
@@ -24,17 +29,55 @@ KILLS = int(os.environ.get("KILLS", "20"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 
 #: What is killed, and how often of a hundred times.
-VICTIMS = {"postgres": 25, "valkey": 25, "service": 20, "everything": 20, "start": 10}
-SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "32", "RINGFORT_SHARD__GRAPH_ROWS": "64"}
+VICTIMS = {"postgres": 20, "valkey": 20, "service": 20, "everything": 15, "start": 10, "merge": 15}
+SETTINGS = {
+    "RINGFORT_SHARD__MEMTABLE_ROWS": "32",
+    "RINGFORT_SHARD__GRAPH_ROWS": "64",
+    "RINGFORT_SHARD__CHILD_ROWS": "64",
+}
 #: Every so many kills one comes in calm.
 CALM_EVERY = 10
+#: Seals and merges go on all the time: one is come upon within this.
+MET_WITHIN_S = 60.0
 
 
-def kill(service: Killable, files: ShardFiles, victim: str, rng: Random) -> None:
+class Moments:
+    """Waits for the service to be amid something, and counts what it was amid when it was killed."""
+
+    def __init__(self, service: Killable, files: ShardFiles) -> None:
+        self._service, self._files = service, files
+        self.met: Counter[str] = Counter()
+
+    def meet(self, what: str) -> psutil.Process | None:
+        """Until a segment is half written by a `seal` of the service, or by a `merge` in a process of its
+        own, which is returned; a `graph` is a merge in calm."""
+        until_s = time.monotonic() + MET_WITHIN_S
+        while time.monotonic() < until_s:
+            parts = self._files.half_written()
+            if not parts:
+                continue
+            merges = self._service.merges()
+            for merge, paths in merges.items():
+                if what != "seal" and any(path.parent in parts for path in paths):
+                    self.met[what] += 1
+                    return merge
+            if what == "seal" and not merges:
+                self.met[what] += 1
+                return None
+        raise AssertionError(f"no {what} within {MET_WITHIN_S} s")
+
+
+def kill(
+    service: Killable, files: ShardFiles, victim: str, merge: psutil.Process | None, rng: Random
+) -> None:
     """Kills, and brings back what does not come back by itself."""
     match victim:
         case "postgres" | "valkey":
             service.kill_server(victim)
+        case "merge":
+            assert merge is not None
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was quicker
+                merge.kill()
         case "service":
             orphans = service.kill_service()
             files.require_whole()
@@ -54,6 +97,18 @@ def kill(service: Killable, files: ShardFiles, victim: str, rng: Random) -> None
             assert all_gone(orphans)
 
 
+def moments_of(victims: list[str]) -> Iterator[str]:
+    """What each kill comes amid; nothing in particular where it is empty."""
+    turns = {victim: itertools.cycle(["merge", "seal", ""]) for victim in VICTIMS}
+    for n, victim in enumerate(victims):
+        if n % CALM_EVERY == CALM_EVERY - 1:
+            yield "graph"
+        elif victim == "merge":
+            yield "merge"
+        else:
+            yield next(turns[victim])
+
+
 @pytest.mark.timeout(120 + 10 * KILLS)
 def test_whatever_is_killed_nothing_acknowledged_is_lost(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
@@ -64,20 +119,17 @@ def test_whatever_is_killed_nothing_acknowledged_is_lost(
     files = ShardFiles(data_dir, SCHEMA)
     victims = rng.choices(list(VICTIMS), list(VICTIMS.values()), k=KILLS)
     with Killable(data_dir, SETTINGS) as service, service.client() as client:
-        ledger = Ledger(client, Random(SEED))
+        moments, ledger = Moments(service, files), Ledger(client, Random(SEED))
         ledger.start()
         try:
-            for n, victim in enumerate(victims):
+            for n, (victim, moment) in enumerate(zip(victims, moments_of(victims), strict=True)):
                 written = ledger.writes
                 time.sleep(rng.uniform(0, 0.4))
-                calm = n % CALM_EVERY == CALM_EVERY - 1
-                with ledger.still() if calm else contextlib.nullcontext():
-                    if calm:  # the seals under way are over by then; graphs follow at 3 s without a write
-                        time.sleep(2.0)
-                    half_written = (calm or rng.random() < 0.5) and files.being_written(4.0)
-                    amid = ", amid a file" if half_written else ""
-                    print(f"kill {n}: {victim} after {written} writes{amid}")
-                    kill(service, files, victim, rng)
+                # Graphs follow at 3 s without a write.
+                with ledger.still() if moment == "graph" else contextlib.nullcontext():
+                    merge = moments.meet(moment) if moment else None
+                    print(f"kill {n}: {victim} after {written} writes, amid {moment or 'anything'}")
+                    kill(service, files, victim, merge, rng)
                 # One may have been under way; the second was begun after the kill.
                 written = ledger.writes
                 eventually(lambda: ledger.failure or ledger.writes >= written + 2, 60)  # noqa: B023
@@ -88,6 +140,8 @@ def test_whatever_is_killed_nothing_acknowledged_is_lost(
         eventually(lambda: IndexKind.HNSW in files.kinds(), 60)
         ledger.compare()
         service.stop()
+        with capsys.disabled():
+            print(f"[kills amid {dict(moments.met)}]")
         assert files.written() > 2 * KILLS
         assert files.merged() > KILLS
         assert files.require_whole() > 0

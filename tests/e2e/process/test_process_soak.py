@@ -18,7 +18,7 @@ from loadtests.drive.scenario import read
 from loadtests.drive.vitals import Vitals
 from loadtests.service import Service, new_data_dir
 
-SECONDS = 60 * float(os.environ.get("SOAK_MIN", "0.2"))
+SECONDS = 60 * float(os.environ.get("SOAK_MIN", "0.1"))
 #: So small that caches are full and segments sealed and merged again and again from the first minute on.
 SETTINGS = {
     "RINGFORT_CACHE__L1_BYTES": str(2 * 1024 * 1024),

@@ -204,9 +204,8 @@ async def test_a_stop_in_the_middle_of_a_repair_loses_nothing(
 async def test_damage_that_a_merge_comes_upon_is_repaired(
     open_replica: Open, log: MemoryLog, tmp_path: Path, child_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.shard.file_work._CHILD_ROWS", child_rows)
     monkeypatch.setattr("services.shard.state.RETRY_FIRST_S", 0.01)
-    replica = await open_replica()
+    replica = await open_replica(child_rows=child_rows)
     before = await fill(replica, log)
     flip(segments(tmp_path)[1] / "vectors")
     assert replica.offer(log.write(deletes=tuple(IDS[8:13])))

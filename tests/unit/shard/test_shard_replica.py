@@ -15,6 +15,7 @@ from protos.ringfort import v1 as pb
 from services import wire
 from services.deadline import Deadline
 from services.shard.replica import Replica
+from services.shard.state import REWRITE_TRIES
 from shard_router import filters
 from shard_router.errors import (
     DeadlineExceeded,
@@ -251,6 +252,33 @@ async def test_memory_is_bounded_while_files_cannot_be_written(
     assert replica.describe()["documents"] == 120
 
 
+async def test_what_cannot_be_merged_is_searched_as_it_is_and_tried_again_at_the_next_start(
+    open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("services.shard.state.RETRY_FIRST_S", 0.001)
+    replica = await open_replica(child_rows=1)
+
+    async def killed(*_: object) -> None:
+        raise OSError("the merge ended with -9: ")
+
+    with monkeypatch.context() as memory:
+        memory.setattr("services.shard.file_work.merge_in_child", killed)
+        for i in range(65):
+            replica.offer(log.write(vectors(f"d{i}")))
+        await until(lambda: replica.condition()[0] == "unmerged")
+        assert replica.stats()["left_segments"] == 8
+        assert replica.stats()["file_failures_total"] == REWRITE_TRIES
+        assert replica.describe()["pending_rows"] == 0
+        assert "8 segments could not be rewritten" in replica.condition()[1]
+        assert {hit.id for hit in await nearest(replica, [1, 0, 0], k=100)} == set(log.live)
+    await replica.close()
+    assert "the merge ended with -9" in caplog.text
+    again = await open_replica()
+    await until(lambda: again.stats()["rewrites_total"] == 1)
+    assert again.condition() == ("serving", "")
+    assert {hit.id for hit in await nearest(again, [1, 0, 0], k=100)} == set(log.live)
+
+
 async def test_a_quiet_memtable_is_sealed_before_it_is_full(
     open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,11 +334,8 @@ async def test_a_page_read_before_a_push_does_not_undo_it(open_replica: Open, lo
     replica.validate_state()
 
 
-async def test_large_merges_run_in_a_child_and_closing_ends_it(
-    open_replica: Open, log: MemoryLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.shard.file_work._CHILD_ROWS", 1)
-    replica = await open_replica()
+async def test_large_merges_run_in_a_child_and_closing_ends_it(open_replica: Open, log: MemoryLog) -> None:
+    replica = await open_replica(child_rows=1)
     for i in range(65):
         replica.offer(log.write(vectors(f"d{i}")))
     await until(lambda: replica.stats()["rewrites_total"] == 1)

@@ -6,6 +6,7 @@ from services.shard.state import (
     QUIET_S,
     RETRY_FIRST_S,
     RETRY_MOST_S,
+    REWRITE_TRIES,
     Done,
     Failed,
     FileState,
@@ -96,6 +97,32 @@ def test_a_rewrite_that_fails_holds_up_no_seal() -> None:
     assert state.handle(looked(FULL_TIER), 0) == []
     assert state.handle(Froze(1), 0) == [Seal(1)]
     assert state.handle(Done(Seal(1), FULL_TIER), RETRY_FIRST_S) == [merge]
+
+
+def test_a_rewrite_that_fails_again_and_again_is_given_up_and_others_go_on() -> None:
+    state, now_s = FileState(POLICY), 0.0
+    for tried in range(REWRITE_TRIES):
+        [merge] = state.handle(looked(FULL_TIER), now_s)
+        assert isinstance(merge, Rewrite)
+        assert state.debt(FULL_TIER) > 0
+        assert not state.left, f"after {tried} failures"
+        assert state.handle(Failed(merge), now_s) == []
+        now_s += RETRY_MOST_S
+    assert state.left == set(range(FACTOR))
+    assert state.handle(looked(FULL_TIER), now_s) == []
+    assert state.debt(FULL_TIER) == 0
+    others = [SegmentFacts(number + 100, 100, 100) for number in range(FACTOR)]
+    assert state.handle(looked(FULL_TIER + others), now_s) == [Rewrite(tuple(range(100, 100 + FACTOR)))]
+
+
+def test_a_rewrite_that_finds_no_room_is_never_given_up() -> None:
+    state, now_s = FileState(POLICY), 0.0
+    for _ in range(3 * REWRITE_TRIES):
+        [merge] = state.handle(looked(FULL_TIER), now_s)
+        assert isinstance(merge, Rewrite)
+        state.handle(Failed(merge, for_room=True), now_s)
+        now_s += RETRY_MOST_S
+    assert not state.left
 
 
 def test_a_memtable_that_is_left_alone_is_frozen_early() -> None:

@@ -1,0 +1,131 @@
+"""Slots a replica follows, has and answers for."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from memory_log import MemoryLog
+
+from services.deadline import Deadline
+from services.shard.holdings import Holdings
+from services.shard.replica import Replica
+from shard_router.errors import StaleEpoch
+from shard_router.hashing import slot_of
+from shard_router.model import LogDelta
+
+Open = Callable[..., Awaitable[Replica]]
+EVEN, ODD = [slot for slot in range(16) if slot % 2 == 0], [slot for slot in range(16) if slot % 2]
+
+
+def of(slots: list[int], ids: Any) -> set[str]:
+    return {id for id in ids if slot_of(id, 16) in slots}
+
+
+async def found(replica: Replica, epoch: int | None = None) -> set[str]:
+    deadline = Deadline.after(20)
+    answer = await replica.search(
+        np.ones((1, 3)), 1000, filter=None, exact=True, epoch=epoch, deadline=deadline
+    )
+    return {hit.id for hit in answer.hits[0]}
+
+
+async def follow(replica: Replica, delta: LogDelta) -> None:
+    if not replica.offer(delta):
+        assert await replica.wait_for(delta.upto, Deadline.after(20))
+
+
+def documents(count: int, name: str = "d") -> dict[str, np.ndarray]:
+    return {f"{name}{i}": np.ones(3) for i in range(count)}
+
+
+def test_only_what_is_whole_is_answered_for() -> None:
+    holdings = Holdings(4, [0, 1], epoch=3)
+    assert holdings.follow([1, 2]) == [2]
+    with pytest.raises(ValueError, match=r"\[2\] are not whole"):
+        holdings.serve(4, [0, 2])
+    holdings.complete([2])
+    holdings.serve(4, [0, 2])
+    with pytest.raises(ValueError, match="epoch 3 after epoch 4"):
+        holdings.serve(3, [0])
+    assert holdings.slots_followed() == [0, 1, 2]
+    holdings.release([1, 2])
+    assert holdings.served.tolist() == [True, False, False, False]
+
+
+def test_an_epoch_is_answered_at_while_the_slots_were_the_same() -> None:
+    holdings = Holdings(4, [0, 1], epoch=3)
+    holdings.serve(4, [0, 1])
+    for epoch in (3, 4, None):
+        holdings.require(epoch)
+    holdings.serve(5, [0])
+    with pytest.raises(StaleEpoch) as stale:
+        holdings.require(4)
+    assert (stale.value.seen, stale.value.current) == (4, 5)
+    with pytest.raises(StaleEpoch):
+        holdings.require(6)
+
+
+async def test_slots_are_taken_over_unseen_and_given_away(open_replica: Open, log: MemoryLog) -> None:
+    log.write(documents(40))
+    replica = await open_replica(slots=EVEN, epoch=1)
+    assert await found(replica) == of(EVEN, log.live)
+    await replica.backfill(ODD)
+    delta = log.write(documents(30, "new"), deletes=("d1", "d2"))
+    await follow(replica, delta)
+    assert await found(replica, 1) == of(EVEN, log.live)
+    assert await replica.count(None) == len(of(EVEN, log.live)) == replica.describe()["documents"]
+    odd = next(iter(of(ODD, log.live)))
+    assert await replica.vectors([odd]) == {}
+    await replica.serve(2, [*EVEN, *ODD])
+    assert await found(replica, 2) == set(log.live)
+    with pytest.raises(StaleEpoch):
+        await replica.search(np.ones((1, 3)), 1, filter=None, epoch=1, deadline=Deadline.after(20))
+    await replica.serve(3, ODD)
+    assert await found(replica, 3) == of(ODD, log.live)
+    await replica.release(EVEN)
+    assert replica.followed() == frozenset(ODD)
+    await follow(replica, log.write(documents(20, "last")))
+    assert await found(replica) == of(ODD, log.live)
+    replica.validate_state()
+
+
+async def test_what_is_written_and_deleted_while_slots_are_read_is_as_it_was_written(
+    open_replica: Open, log: MemoryLog
+) -> None:
+    log.page_rows = 4
+    log.write(documents(40))
+    replica = await open_replica(slots=EVEN, tail_rows=4)
+    original, number = log.tail, 0
+
+    async def busy(after: int, slots: Any = None) -> Any:
+        nonlocal number
+        page = await original(after, slots)
+        if slots is not None and number < 20:
+            # Between a page and its arrival documents go, move on, and come anew.
+            number += 1
+            replica.offer(log.write({f"d{number + 20}": np.ones(3)}, deletes=(f"d{number}",)))
+            replica.offer(log.write({f"d{number - 1}": np.ones(3)}))
+        return page
+
+    log.tail = busy  # type: ignore[method-assign]
+    await replica.backfill(ODD)
+    assert await replica.wait_for(log.counter, Deadline.after(20))
+    await replica.serve(2, range(16))
+    assert await found(replica) == set(log.live)
+    replica.validate_state()
+
+
+async def test_a_replica_opened_again_has_what_it_is_to_have(open_replica: Open, log: MemoryLog) -> None:
+    log.write(documents(60))
+    replica = await open_replica(slots=EVEN, epoch=4)
+    await replica.backfill(ODD)
+    await replica.serve(6, [*EVEN, *ODD])
+    await follow(replica, log.write(documents(60, "more"), deletes=("d3",)))
+    await replica.close()
+    log.write(documents(5, "late"), deletes=("d4",))
+    for slots in ([*EVEN, *ODD], ODD, EVEN, [*ODD, *EVEN]):
+        again = await open_replica(slots=slots, epoch=7)
+        assert await found(again) == of(slots, log.live)
+        again.validate_state()
+        await again.close()
