@@ -3,8 +3,9 @@
 import asyncio
 from typing import Any
 
-#: How long a cancelled task has until it is cancelled again.
-_AGAIN_S = 0.05
+#: How long a cancelled task has until it is cancelled again: enough for the database driver, on a busy
+#: machine, to have the server cancel what it runs, which a second cancellation would cut short.
+_AGAIN_S = 1.0
 
 
 async def end(*tasks: "asyncio.Future[Any] | None") -> None:
