@@ -37,8 +37,8 @@ SETTINGS = {
 }
 #: Every so many kills one comes in calm.
 CALM_EVERY = 10
-#: Seals and merges go on all the time: one is come upon within this.
-MET_WITHIN_S = 60.0
+#: Seals and merges go on all the time: one is come upon within this, or the kill comes at any moment.
+MET_WITHIN_S = 15.0
 
 
 class Moments:
@@ -47,12 +47,14 @@ class Moments:
     def __init__(self, service: Killable, files: ShardFiles) -> None:
         self._service, self._files = service, files
         self.met: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
 
     def meet(self, what: str) -> psutil.Process | None:
         """Until a segment is half written by a `seal` of the service, or by a `merge` in a process of its
-        own, which is returned; a `graph` is a merge in calm."""
+        own, which is returned; a `graph` is a merge in calm. Not for ever, on a machine that is busy."""
         until_s = time.monotonic() + MET_WITHIN_S
         while time.monotonic() < until_s:
+            time.sleep(0.001)
             parts = self._files.half_written()
             if not parts:
                 continue
@@ -64,7 +66,8 @@ class Moments:
             if what == "seal" and not merges:
                 self.met[what] += 1
                 return None
-        raise AssertionError(f"no {what} within {MET_WITHIN_S} s")
+        self.missed[what] += 1
+        return None
 
 
 def kill(
@@ -75,9 +78,9 @@ def kill(
         case "postgres" | "valkey":
             service.kill_server(victim)
         case "merge":
-            assert merge is not None
             with contextlib.suppress(psutil.NoSuchProcess):  # it was quicker
-                merge.kill()
+                if merge is not None:
+                    merge.kill()
         case "service":
             orphans = service.kill_service()
             files.require_whole()
@@ -141,7 +144,8 @@ def test_whatever_is_killed_nothing_acknowledged_is_lost(
         ledger.compare()
         service.stop()
         with capsys.disabled():
-            print(f"[kills amid {dict(moments.met)}]")
+            print(f"[kills amid {dict(moments.met)}, too late for {dict(moments.missed)}]")
+        assert moments.met.keys() == {"seal", "merge", "graph"}
         assert files.written() > 2 * KILLS
         assert files.merged() > KILLS
         assert files.require_whole() > 0
