@@ -4,9 +4,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 _SEARCH, _FANOUT, _MERGE = stage("search"), stage("fanout"), stage("merge")
 
-#: A method of a replica that searches.
-_Ask = Callable[..., Awaitable[ShardAnswer[Hits]]]
+_NO_COPIES: Mapping[int, ShardEndpoint] = {}
+#: Which method of a replica searches.
+_Ask = Callable[[ShardEndpoint], Callable[..., Awaitable[ShardAnswer[Hits]]]]
 #: Asks a replica what is asked of all.
 _Call = Callable[[ShardEndpoint], Awaitable[ShardAnswer[Hits]]]
 
@@ -55,6 +56,14 @@ class Found(NamedTuple, Generic[Hits]):
     def complete(self) -> bool:
         """Whether every shard answered."""
         return self.answered == self.asked
+
+
+def _values_of(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[list[Hit]]]]:
+    return replica.search
+
+
+def _rendered_of(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[RenderedHits]]]:
+    return replica.search_rendered
 
 
 class FanOut:
@@ -82,7 +91,7 @@ class FanOut:
         A shard that fails is left out and shows in the coverage; a passed deadline fails the call.
         """
         options = _Options(filter, exact, effort, include, exclude, deadline)
-        return self._search(served, queries, k, options, min_coverage, _values, merge)
+        return self._search(served, queries, k, options, min_coverage, _values_of, merge)
 
     def search_rendered(
         self,
@@ -100,7 +109,7 @@ class FanOut:
     ) -> Awaitable[Found[RenderedHits]]:
         """The same as `search`, with the hits as they go on the wire."""
         options = _Options(filter, exact, effort, include, exclude, deadline)
-        return self._search(served, queries, k, options, min_coverage, _rendered, _merged)
+        return self._search(served, queries, k, options, min_coverage, _rendered_of, _merged)
 
     async def _search(
         self,
@@ -115,9 +124,16 @@ class FanOut:
         began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
         attempt = 0
         while True:
+            epoch, shards = served.state.epoch, served.shard_map.shards
+            call = partial(_call, queries, k, options, epoch, ask)
+            answers: Sequence[ShardAnswer[Hits] | None]
             try:
-                epoch = served.state.epoch
-                asked, answers = await self._answers(served, queries, k, options, ask)
+                if served.collection.replicas > 1:
+                    answers = await self._chosen(served, shards, call)
+                elif len(shards) > 1:  # nobody to choose from
+                    answers = await asyncio.gather(*(_sole(served, shard, call) for shard in shards))
+                else:  # nothing to do side by side
+                    answers = [await _sole(served, shards[0], call)]
                 break
             except StaleEpoch:
                 # A replica has gone over to another map, or has yet to: what others said may not fit.
@@ -126,6 +142,7 @@ class FanOut:
                 if options.deadline.left_s() <= pause_s:
                     raise DeadlineExceeded("planning by the shard map") from None
                 await asyncio.sleep(pause_s)
+        asked = len(shards)
         good = [answer for answer in answers if answer is not None]
         # A shard that lacks documents for now tells what it has, and does not count.
         answered = sum([answer.complete for answer in good])
@@ -152,38 +169,18 @@ class FanOut:
             epoch,
         )
 
-    async def _answers(
-        self, served: Served, queries: np.ndarray, k: int, options: "_Options", ask: _Ask[Hits]
-    ) -> tuple[int, Sequence[ShardAnswer[Hits] | None]]:
-        """How many shards there are, and the answers of those that could be asked; StaleEpoch."""
-        epoch, shards = served.state.epoch, served.shard_map.shards
-        call = partial(_call, queries, k, options, epoch, ask)
-        if served.collection.replicas == 1:  # nobody to choose from
-            if len(shards) == 1:  # nothing to do side by side
-                return 1, [await self._sole(served, shards[0], call)]
-            return len(shards), await asyncio.gather(*(self._sole(served, shard, call) for shard in shards))
+    async def _chosen(
+        self, served: Served, shards: Sequence[int], call: "_Call[Hits]"
+    ) -> Sequence[ShardAnswer[Hits] | None]:
+        """The answers of the shards that have a copy to ask; StaleEpoch."""
         loads = {shard: served.loads(shard) for shard in shards}
         plan = plan_fanout(served.shard_map, loads, self._rng)
-        asked = len(plan.calls) + len(plan.unreachable)
-        return asked, await asyncio.gather(
+        return await asyncio.gather(
             *(
                 self._one_of(served, one.shard, ShardQuestion(one.replica, loads[one.shard]), call)
                 for one in plan.calls
             )
         )
-
-    async def _sole(self, served: Served, shard: int, call: "_Call[Hits]") -> ShardAnswer[Hits] | None:
-        """The answer of a shard's only copy; None where it failed."""
-        replica = served.replicas.get(shard, {}).get(0)
-        if replica is None:
-            return None
-        try:
-            return await call(replica)
-        except (DeadlineExceeded, StaleEpoch):
-            raise
-        except Exception as error:
-            _failed(served, Copy(shard, 0), error)
-            return None
 
     async def _one_of(
         self, served: Served, shard: int, question: ShardQuestion, call: "_Call[Hits]"
@@ -246,23 +243,33 @@ class _Options(NamedTuple):
     deadline: Deadline
 
 
+async def _sole(served: Served, shard: int, call: "_Call[Hits]") -> ShardAnswer[Hits] | None:
+    """The answer of a shard's only copy; None where it failed."""
+    question: ShardQuestion | None = None
+    while True:
+        replica = served.replicas.get(shard, _NO_COPIES).get(0)
+        if replica is None:
+            return None
+        try:
+            return await call(replica)
+        except (DeadlineExceeded, StaleEpoch):
+            raise
+        except Exception as error:
+            question = question or ShardQuestion(0, (0.0,))
+            if isinstance(question.failed(0, unavailable=isinstance(error, Unavailable)), GiveUp):
+                _failed(served, Copy(shard, 0), error)
+                return None
+
+
 def _call(
     queries: np.ndarray, k: int, options: _Options, epoch: int, ask: _Ask[Hits], replica: ShardEndpoint
 ) -> Awaitable[ShardAnswer[Hits]]:
     """A copy's answer."""
     filter, exact, effort, include, exclude, deadline = options
-    return ask(
-        replica, queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
+    return ask(replica)(
+        queries, k, filter=filter, exact=exact, effort=effort, include=include, exclude=exclude,
         epoch=epoch, deadline=deadline,
     )  # fmt: skip
-
-
-def _values(replica: ShardEndpoint, *query: Any, **options: Any) -> Awaitable[ShardAnswer[list[Hit]]]:
-    return replica.search(*query, **options)
-
-
-def _rendered(replica: ShardEndpoint, *query: Any, **options: Any) -> Awaitable[ShardAnswer[RenderedHits]]:
-    return replica.search_rendered(*query, **options)
 
 
 def _failed(served: Served, copy: Copy, error: BaseException) -> None:
