@@ -277,12 +277,13 @@ class Follower:
                 first = slice_rows[-1].version.seq
                 await asyncio.sleep(0)
             self._counts["recalled_rows"] += len(rows)
-            # A document that has moved on since is found where it is now, or was pushed.
-            self._missing[:1] = [(delta.upto, upto)] if after < delta.upto < upto else []
-            self._layout.recalling(after for after, _ in self._missing)
-            if self._hint.is_set():
+            left = [(delta.upto, upto)] if after < delta.upto < upto else []
+            if not left or self._hint.is_set():
+                # A document that has moved on is found where it is now; it is missing until that is read.
                 self._hint.clear()
                 await self._catch_up()
+            self._missing[:1] = left
+            self._layout.recalling(after for after, _ in self._missing)
             if not self._missing:
                 log.info("%s has all its documents again", self._name)
 

@@ -169,6 +169,29 @@ async def test_what_is_written_during_a_repair_is_not_undone_by_it(
     again.validate_state()
 
 
+async def test_a_document_that_moves_on_during_a_repair_is_missing_until_it_is_followed(
+    open_replica: Open, log: MemoryLog, tmp_path: Path
+) -> None:
+    replica = await open_replica()
+    await fill(replica, log)
+    await replica.close()
+    flip(segments(tmp_path)[0] / "vectors")
+    original = log.tail
+
+    async def moving(after: int) -> LogDelta:
+        if after < 16 and log.counter < 30:
+            # Nobody is told, and the page that is read has it no more.
+            log.write({"d0": np.array([1.0, 2.0, 3.0])})
+        return await original(after)
+
+    log.tail = moving  # type: ignore[method-assign]
+    again = await open_replica(poll_ms=60_000)
+    await until(lambda: again.stats()["recalled_rows_total"] > 0 and again.condition()[0] == "serving")
+    hits, complete = await answer(again)
+    assert complete
+    assert {hit.id: hit.version for hit in hits} == {id: row.version for id, (row, _) in log.live.items()}
+
+
 @pytest.mark.parametrize("written", [0, 20])
 async def test_a_stop_in_the_middle_of_a_repair_loses_nothing(
     open_replica: Open, log: MemoryLog, tmp_path: Path, written: int
