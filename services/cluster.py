@@ -92,6 +92,7 @@ class Cluster(Embedded):
                     postgres_url=self._postgres_url,
                     memtable_rows=shard.memtable_rows,
                     graph_rows=shard.graph_rows,
+                    child_rows=shard.child_rows,
                     poll_ms=shard.poll_ms,
                     threads=shard.threads,
                     device=shard.device,

@@ -54,6 +54,7 @@ class ShardNodeSettings(msgspec.Struct, frozen=True, tag="shard"):
     postgres_url: str
     memtable_rows: int
     graph_rows: int
+    child_rows: int
     poll_ms: int
     #: Search threads; 0 means the CPUs this process really has.
     threads: int
@@ -123,6 +124,7 @@ class Member:
             search_threads=threads,
             memtable_rows=settings.memtable_rows,
             graph_rows=settings.graph_rows,
+            child_rows=settings.child_rows,
             poll_ms=settings.poll_ms,
             device=settings.device,
         )
