@@ -40,6 +40,9 @@ class GatewaySettings(Section):
 
     grpc: str = "127.0.0.1:7700"
     http: str = "127.0.0.1:7780"
+    #: What speaks gRPC: grpc.aio, or pygrpc-native (extra `native`): less processor time a call, but no TLS,
+    #: and a message is read to its end before it is refused for its size, so callers have to be trusted.
+    server: str = Field("aio", pattern="^(aio|native)$")
     #: Listen beyond loopback although neither TLS nor keys are configured.
     insecure: bool = False
     #: Requests under way at once; more are refused with RESOURCE_EXHAUSTED.

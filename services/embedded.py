@@ -49,6 +49,7 @@ from services.gateway.servicers import (
     IndexService,
     SearchService,
 )
+from services.gateway.transport import transport_of
 from services.gateway.warming import Warming
 from services.metadata.store import Store
 from services.ranker.ranker import Ranker
@@ -89,6 +90,7 @@ class Embedded:
     async def start(self) -> Addresses:
         """Bring everything up and serve; StartupError, in one sentence, where something is missing."""
         gateway = self._config.gateway
+        transport = transport_of(gateway)
         for name, address in (("grpc", gateway.grpc), ("http", gateway.http)):
             require_private(name, address, gateway)
         # Taken early, so that a port in use is said before anything slow begins.
@@ -159,6 +161,7 @@ class Embedded:
             },
             telemetry,
             admission,
+            transport,
             tracing,
         )
         for part, stats in (
@@ -362,9 +365,10 @@ def require_private(name: str, address: str, settings: GatewaySettings) -> None:
         loopback = False
     guarded = settings.tls_certificate and settings.tls_key and settings.api_keys
     if not (loopback or guarded or settings.insecure):
-        raise StartupError(
-            f"--{name} {address}: listening beyond loopback needs TLS and API keys configured, or --insecure"
-        )
+        needs = "TLS and API keys configured, or --insecure"
+        if settings.server == "native":
+            needs = "--insecure, as gateway.server: native speaks no TLS"
+        raise StartupError(f"--{name} {address}: listening beyond loopback needs {needs}")
 
 
 async def _finish_http(http: Http, serving: "asyncio.Task[None]") -> None:

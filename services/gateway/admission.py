@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shard_router.errors import Overloaded, QuotaExceeded
+from shard_router.errors import Overloaded, QuotaExceeded, Unavailable
 
 
 @dataclass(slots=True)
@@ -23,17 +23,28 @@ class Admission:
         #: 0 <= in_flight <= max_in_flight
         self.in_flight = 0
         self.refused = 0
+        self._closed = False
         #: By key; as many as there are keys in the configuration.
         self._buckets: dict[str, Bucket] = {}
 
     def enter(self, key: str, now_s: float) -> None:
-        """Count one call in, or raise Overloaded or QuotaExceeded; whoever entered calls `leave` once."""
+        """Count one call in; whoever entered calls `leave` once.
+
+        Overloaded, QuotaExceeded or, after `close`, Unavailable where it may not.
+        """
+        if self._closed:
+            self.refused += 1
+            raise Unavailable("the service is shutting down")
         if self.in_flight >= self.max_in_flight:
             self.refused += 1
             raise Overloaded("the gateway's in-flight limit", self.max_in_flight)
         if self.rate_per_key > 0:
             self._take(key, now_s)
         self.in_flight += 1
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._closed = True
 
     def leave(self) -> None:
         """Count one call out."""

@@ -33,6 +33,7 @@ from services.config import GatewaySettings
 from services.deadline import Deadline
 from services.gateway.admission import Admission
 from services.gateway.servicers import Call
+from services.gateway.transport import Transport, left_s
 from services.telemetry import Telemetry
 from services.trace import current_id
 from services.tracing import Tracing
@@ -63,6 +64,7 @@ class Server:
         servicers: Mapping[str, object],
         telemetry: Telemetry,
         admission: Admission,
+        transport: Transport,
         tracing: Tracing | None = None,
     ) -> None:
         self._tracing = tracing
@@ -70,7 +72,8 @@ class Server:
         self._telemetry = telemetry
         self._admission = admission
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
+        self._linger_s = transport.linger_s
+        self._server = transport.make(
             options=(
                 ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
                 ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
@@ -79,12 +82,18 @@ class Server:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ping while they wait
             )
         )
-        handlers = {
-            f"/{descriptor.full_name}/{method.name}": self._handler(method, servicers.get(name))
-            for name, descriptor in SERVICES.items()
-            for method in descriptor.methods
-        }
-        self._server.add_generic_rpc_handlers((_Router(handlers),))
+        streams: dict[str, Any] = {}
+        for name, descriptor in SERVICES.items():
+            unary: dict[str, Any] = {}
+            for method in descriptor.methods:
+                handler = self._handler(method, servicers.get(name))
+                if method.server_streaming:
+                    streams[f"/{descriptor.full_name}/{method.name}"] = handler
+                else:
+                    unary[method.name] = handler
+            self._server.add_registered_method_handlers(descriptor.full_name, unary)
+        # Not by name: a stream of the native server whose reader is slow takes one of asyncio's few threads.
+        self._server.add_generic_rpc_handlers((_Router(streams),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [descriptor.full_name for descriptor in SERVICES.values()]
         reflection.enable_server_reflection(
@@ -113,8 +122,20 @@ class Server:
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs finish within `grace_s`, cut the rest."""
+        if self._linger_s:
+            self._admission.close()
         await self._health.enter_graceful_shutdown()
+        if self._linger_s:
+            await self._drain(grace_s)
+            grace_s = 0
         await self._server.stop(grace_s)
+
+    async def _drain(self, grace_s: float) -> None:
+        """Wait until what was let in has ended, and its answers have had time to leave."""
+        until_s = time.monotonic() + grace_s
+        while self._admission.in_flight and time.monotonic() < until_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(self._linger_s)
 
     def _handler(self, method: MethodDescriptor, servicer: object) -> Any:
         request_type = message_factory.GetMessageClass(method.input_type)
@@ -148,8 +169,7 @@ class Server:
                 key, tenant = self._caller(context)
                 self._admission.enter(key, began)
                 entered = True
-                left_s = context.time_remaining()
-                call = Call(tenant, Deadline(began + (default_s if left_s is None else left_s)))
+                call = Call(tenant, Deadline(began + left_s(context, default_s)))
                 return _serialized(await answer(parse(request), call))
             except Exception as error:
                 refused, message, details = self._told(name, error)
@@ -185,8 +205,7 @@ class Server:
                 key, tenant = self._caller(context)
                 self._admission.enter(key, began)
                 entered = True
-                left_s = context.time_remaining()
-                call = Call(tenant, Deadline(began + (STREAM_TIMEOUT_S if left_s is None else left_s)))
+                call = Call(tenant, Deadline(began + left_s(context, STREAM_TIMEOUT_S)))
                 asked = parse(requests) if isinstance(requests, bytes) else parsed(requests)
                 responses = answer(asked, call)
                 async with contextlib.aclosing(responses):  # type: ignore[type-var]  # async generators all
@@ -255,7 +274,7 @@ def _serialized(answer: Any) -> bytes:
 
 
 class _Router(grpc.GenericRpcHandler):
-    """Every method of the contract by its path: one look-up a call."""
+    """Every stream of the contract by its path: one look-up a call."""
 
     def __init__(self, handlers: Mapping[str, Any]) -> None:
         self._handlers = handlers

@@ -22,6 +22,9 @@ COMPOSITION: tuple[str, ...] = ()
 if launcher := os.environ.get("COMPOSITION"):
     COMPOSITION = ("--cluster",)
     SETTINGS["RINGFORT_CLUSTER__LAUNCHER"] = launcher
+#: SERVER=native runs the same tests against the other gRPC server.
+if server := os.environ.get("SERVER"):
+    SETTINGS["RINGFORT_GATEWAY__SERVER"] = server
 
 
 @pytest.fixture(scope="session")

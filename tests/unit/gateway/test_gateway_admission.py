@@ -3,7 +3,7 @@
 import pytest
 
 from services.gateway.admission import Admission
-from shard_router.errors import Overloaded, QuotaExceeded
+from shard_router.errors import Overloaded, QuotaExceeded, Unavailable
 
 
 def test_the_in_flight_cap_refuses_and_recovers() -> None:
@@ -28,3 +28,13 @@ def test_a_key_has_its_rate_and_others_have_theirs() -> None:
     admission.enter("b", 0.0)
     admission.enter("a", 0.6)
     assert admission.in_flight == 4, "a refused call is not counted in"
+
+
+def test_a_closed_door_lets_out_and_nobody_in() -> None:
+    admission = Admission(max_in_flight=2)
+    admission.enter("", 0.0)
+    admission.close()
+    with pytest.raises(Unavailable, match="shutting down"):
+        admission.enter("", 0.0)
+    admission.leave()
+    assert admission.stats() == {"in_flight": 0, "in_flight_limit": 2, "refused_total": 1}
