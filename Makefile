@@ -1,4 +1,4 @@
-# make demo | test | check | bench | long | fmt | protos | test-models | test-cluster | clean
+# make demo | test | check | bench | long | fmt | protos | test-models | test-cluster | test-native | clean
 # Everything is installed into .venv from constraints.txt; nothing else on the machine is touched.
 
 PYTHON ?= python3
@@ -9,11 +9,14 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.py tests/e2e/test_e2e_search.py \
 	tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_models.py \
 	tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_upsert_stream.py
+NATIVE_TESTS = tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_bad_input.py \
+	tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_embedding.py \
+	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_async_client.py
 STUBS := $(wildcard protos/ringfort/v1/*.proto protos/ringfort/internal/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
 
-.PHONY: setup setup-dev demo test test-models test-cluster long check bench fmt protos clean
+.PHONY: setup setup-dev demo test test-models test-cluster test-native long check bench fmt protos clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -52,6 +55,9 @@ test-models:  ## agreement with sentence-transformers and torch, in an environme
 
 test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray cluster, in an environment of its own
 	COMPOSITION=ray .venv-cluster/bin/python -m pytest $(CLUSTER_TESTS)
+
+test-native: setup-dev  ## end-to-end tests on the other gRPC server
+	SERVER=native $(BIN)/python -m pytest $(NATIVE_TESTS)
 
 .venv-cluster/.ready: pyproject.toml constraints.txt constraints-cluster.txt
 	@echo "installing Ray into .venv-cluster (first time only)"

@@ -32,15 +32,17 @@ _STALENESS_MS = 1_000
 
 def measure(run: Run) -> Iterator[Measured]:
     """The rows of this family."""
+    for side, service in run.sides.items():
+        with Callers(service.grpc) as callers:
+            yield _against_empty(run, side, callers)
     with Callers(run.service.grpc) as callers:
-        yield _against_empty(run, callers)
         yield _batches(run, callers)
         yield from _hit_ratios(run, callers)
     yield from _relief(run)
 
 
-def _against_empty(run: Run, callers: Callers) -> Measured:
-    library = run.library
+def _against_empty(run: Run, side: str, callers: Callers) -> Measured:
+    service, library = run.sides[side], run.libraries[side]
     search = callers.channel.unary_unary(
         "/ringfort.v1.SearchService/Search",
         request_serializer=pb.SearchRequest.SerializeToString,
@@ -63,8 +65,8 @@ def _against_empty(run: Run, callers: Callers) -> Measured:
     callers.run(fill())
     ours, bare = take_turns(
         run.rounds,
-        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, cached)),
-        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, callers.nothing)),
+        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, cached), service),
+        lambda: run.costed(lambda: callers.load(_CALLERS, run.seconds, callers.nothing), service),
     )
     detail = {
         "unit": "calls a second",
@@ -74,7 +76,7 @@ def _against_empty(run: Run, callers: Callers) -> Measured:
         "answer_bytes": callers.run(_answer_bytes(callers, questions[0])),
     }
     value = ratio([each.load.per_s for each in ours], [each.load.per_s for each in bare])
-    return Measured("cache.vs_empty_rpc.aio", value, detail | library.detail)
+    return Measured(f"cache.vs_empty_rpc{side or '.aio'}", value, detail | library.detail)
 
 
 async def _answer_bytes(callers: Callers, question: pb.SearchRequest) -> int:

@@ -2,9 +2,11 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,10 +17,10 @@ from loadtests.callers import Callers
 from loadtests.corpus import new_texts
 from loadtests.engine import BATCH_TOKENS, Batch, Engine, by_length, in_order
 from loadtests.gemm import int8_products, operations_per_token
-from loadtests.run import Run
+from loadtests.run import Costed, Run
 from loadtests.scoreboard import Measured
 from loadtests.timing import alone, excess, median, ratio, repeat, take_turns
-from ringfort import Client
+from ringfort import AsyncClient, Client
 
 _SEED = 7
 _BATCH_ROWS = 32
@@ -40,7 +42,8 @@ def measure(run: Run) -> Iterator[Measured]:
     })  # fmt: skip
     texts = new_texts(run.packages)
     yield _rpc_us_per_text(run, texts)
-    yield _added_ms(run, texts)
+    for side in run.sides:
+        yield _added_ms(run, side, texts)
 
 
 def _against_fp32(run: Run, stream: np.ndarray) -> Iterator[Measured]:
@@ -114,41 +117,59 @@ def _length_aware(run: Run, stream: np.ndarray) -> Measured:
 
 def _rpc_us_per_text(run: Run, texts: Iterator[str]) -> Measured:
     count = run.sized(2_000, 200)
-    rates: list[float] = []
-    with Callers(run.service.grpc) as callers:
+    spent: dict[str, list[_Spent]] = {side: [] for side in run.sides}
+    engine: list[float] = []
 
-        def round_() -> tuple[float, float, float, float]:
-            """CPU us a text: the service, the client, the engine with the same texts, an empty call."""
-            asked = list(islice(texts, count))
+    def round_(all_callers: Mapping[str, Callers]) -> None:
+        asked = list(islice(texts, count))
+        for side, callers in all_callers.items():
 
-            async def call(number: int) -> object:
-                return await callers.client.embed([asked[number]])
+            async def call(number: int, client: AsyncClient = callers.client) -> object:
+                return await client.embed([asked[number]])
 
-            ours = run.costed(lambda: callers.calls(_CALLERS, count, call))
-            rates.append(ours.load.per_s)
-            empty = run.costed(lambda: callers.calls(_CALLERS, count, callers.nothing))
-            engine_s = run.engine.run(by_length(run.engine.tokenize(asked))).processor_s
-            return ours.service_us, ours.client_us, 1e6 * engine_s / count, empty.call_us
+            service = run.sides[side]
+            ours = run.costed(partial(callers.calls, _CALLERS, count, call), service)
+            empty = run.costed(partial(callers.calls, _CALLERS, count, callers.nothing), service)
+            spent[side].append(_Spent(ours, empty))
+        engine.append(1e6 * run.engine.run(by_length(run.engine.tokenize(asked))).processor_s / count)
 
-        rounds = repeat(run.rounds, round_)
-    service, client, engine, empty = ([each[i] for each in rounds] for i in range(4))
-    spent = [a + b for a, b in zip(service, client, strict=True)]
+    with ExitStack() as stack:
+        all_callers = {side: stack.enter_context(Callers(each.grpc)) for side, each in run.sides.items()}
+        # One round more than is counted: the first is to warm up.
+        for _ in range(run.rounds + 1):
+            round_(all_callers)
     detail = {
         "unit": "CPU us a text, tokenizing and Valkey included",
-        "service": median(service),
-        "client": median(client),
-        "engine": median(engine),
-        "empty_call": median(empty),
-        "texts_per_s": median(rates[1:]),
+        "engine": median(engine[1:]),
+        **_Spent.detail(spent[""][1:]),
+        **{side.strip("."): _Spent.detail(each[1:]) for side, each in spent.items() if side},
     }
-    return Measured("embed.rpc_us_per_text.c64", excess(spent, engine), detail)
+    value = excess([each.ours.call_us for each in spent[""][1:]], engine[1:])
+    return Measured("embed.rpc_us_per_text.c64", value, detail)
 
 
-def _added_ms(run: Run, texts: Iterator[str]) -> Measured:
+class _Spent(NamedTuple):
+    """What one round's texts cost on one server, and as many empty calls."""
+
+    ours: Costed
+    empty: Costed
+
+    @staticmethod
+    def detail(rounds: "Sequence[_Spent]") -> dict[str, object]:
+        """The middle of some rounds."""
+        return {
+            "service": median(each.ours.service_us for each in rounds),
+            "client": median(each.ours.client_us for each in rounds),
+            "empty_call": median(each.empty.call_us for each in rounds),
+            "texts_per_s": median(each.ours.load.per_s for each in rounds),
+        }
+
+
+def _added_ms(run: Run, side: str, texts: Iterator[str]) -> Measured:
     engine = Engine(run.manifest(), threads=1)
     ids = engine.tokenize(list(islice(texts, 512)))
     alone_s = run.seconds / 2
-    with Client(run.service.grpc) as client:
+    with Client(run.sides[side].grpc) as client:
         ours, engines = take_turns(
             run.rounds,
             lambda: alone(alone_s, lambda _: client.embed([next(texts)])).quantile_ms(0.5),
@@ -161,7 +182,7 @@ def _added_ms(run: Run, texts: Iterator[str]) -> Measured:
         "grpc": median(ours),
         "engine": median(engines),
     }
-    return Measured("embed.added_ms.c1", excess(ours, engines), detail)
+    return Measured(f"embed.added_ms.c1{side}", excess(ours, engines), detail)
 
 
 def _token_stream(run: Run) -> np.ndarray:

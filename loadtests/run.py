@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from index_builder.models.manifest import ModelManifest
 from loadtests import corpus
 from loadtests.corpus import ATTRIBUTES, Package
 from loadtests.engine import Engine, by_length
+from loadtests.scoreboard import NO_NATIVE
 from loadtests.service import Service, new_data_dir
 from loadtests.timing import Load, median, processor_s
 from ringfort import Client, __version__
@@ -107,6 +108,7 @@ class Run:
         #: On the same disk as the repository: a folder in memory would flatter whatever is durable.
         self.scratch = Path(tempfile.mkdtemp(prefix="run-", dir=directory))
         self._service: Service | None = None
+        self._native: Service | None = None
 
     def sized(self, full: int, quick: int) -> int:
         """One of two sizes."""
@@ -148,12 +150,22 @@ class Run:
             self._service = self.start(self.new_data_dir("data"))
         return self._service
 
-    def costed(self, work: Callable[[], Load]) -> Costed:
-        """A load on the shared service, and what it cost that service and this process."""
+    @property
+    def sides(self) -> Mapping[str, Service]:
+        """That one and, where it can be had, one on the native gRPC server, by how their rows' names end."""
+        if NO_NATIVE:
+            return {"": self.service}
+        if self._native is None:
+            self._native = self.start(self.new_data_dir("native"), RINGFORT_GATEWAY__SERVER="native")
+        return {"": self.service, ".native": self._native}
+
+    def costed(self, work: Callable[[], Load], on: Service | None = None) -> Costed:
+        """A load on a service, by default the shared one, and what it cost that service and this process."""
         loads: list[Load] = []
-        before = self.service.processor_s()
+        service = on or self.service
+        before = service.processor_s()
         client_s = processor_s(lambda: loads.append(work()))
-        service_s = self.service.processor_s() - before
+        service_s = service.processor_s() - before
         [load] = loads
         return Costed(load, 1e6 * service_s / load.calls, 1e6 * client_s / load.calls)
 
@@ -169,8 +181,17 @@ class Run:
     @cached_property
     def library(self) -> Library:
         """The corpus in the service, in a collection that has seen deletes and second versions."""
+        return self._shelve(self.service)
+
+    @cached_property
+    def libraries(self) -> Mapping[str, Library]:
+        """The same in every one of `sides`."""
+        twins = {name: self._shelve(service) for name, service in self.sides.items() if name}
+        return {"": self.library, **twins}
+
+    def _shelve(self, service: Service) -> Library:
         packages, vectors, held_out = self.packages, self.vectors, self._corpus[: self._queries]
-        with Client(self.service.grpc, timeout_s=120) as client:
+        with Client(service.grpc, timeout_s=120) as client:
             client.create_collection("packages", attributes=ATTRIBUTES)
             _load(client, "packages", packages, vectors)
             shape = settled(client, "packages")
@@ -205,8 +226,9 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._service is not None:
-                self._service.stop()
+            for service in (self._native, self._service):
+                if service is not None:
+                    service.stop()
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
 

@@ -51,10 +51,13 @@ def measure(run: Run) -> Iterator[Measured]:
         yield Measured("search.recall.high", high, {"effort": 1.0, **library.detail})
         yield _filtered_recall(client, library, truth)
         ceiling = Ceiling.build(run, library, truth, recall)
-        yield _one_at_a_time(run, library, callers, ceiling)
         yield _batches(run, library, callers, ceiling)
-        yield _added_ms(run, library, client, ceiling)
         yield _filter_one_percent(run, library, callers)
+    for side, service in run.sides.items():
+        library = run.libraries[side]
+        with Client(service.grpc, timeout_s=120) as client, Callers(service.grpc) as callers:
+            yield _one_at_a_time(run, side, library, callers, ceiling)
+            yield _added_ms(run, side, library, client, ceiling)
 
 
 class Truth:
@@ -200,7 +203,9 @@ def _filtered_recall(client: Client, library: Library, truth: Truth) -> Measured
     )
 
 
-def _one_at_a_time(run: Run, library: Library, callers: Callers, ceiling: Ceiling) -> Measured:
+def _one_at_a_time(run: Run, side: str, library: Library, callers: Callers, ceiling: Ceiling) -> Measured:
+    service = run.sides[side]
+
     def searches(include: tuple[str, ...] | None) -> Costed:
         async def call(number: int) -> object:
             answer = await callers.client.search(
@@ -211,7 +216,7 @@ def _one_at_a_time(run: Run, library: Library, callers: Callers, ceiling: Ceilin
                 return [(hit.id, hit.score, hit.text, hit.attributes) for hit in answer]
             return _read(answer)
 
-        return run.costed(lambda: callers.load(_CALLERS, run.seconds, call))
+        return run.costed(lambda: callers.load(_CALLERS, run.seconds, call), service)
 
     def graph(effort: Effort) -> Spent:
         return spent(
@@ -223,7 +228,7 @@ def _one_at_a_time(run: Run, library: Library, callers: Callers, ceiling: Ceilin
     empty: list[Costed] = []
 
     def beside() -> Spent:
-        empty.append(run.costed(lambda: callers.load(_CALLERS, run.seconds, callers.nothing)))
+        empty.append(run.costed(lambda: callers.load(_CALLERS, run.seconds, callers.nothing), service))
         return graph(ceiling.effort)
 
     ours, theirs = take_turns(run.rounds, lambda: searches(()), beside)
@@ -245,7 +250,7 @@ def _one_at_a_time(run: Run, library: Library, callers: Callers, ceiling: Ceilin
         ),
     }
     value = ratio([each.load.per_s for each in ours], [each.load.per_s for each in theirs])
-    return Measured("search.vs_faiss.c16", value, detail | ceiling.detail | library.detail)
+    return Measured(f"search.vs_faiss.c16{side}", value, detail | ceiling.detail | library.detail)
 
 
 def _batches(run: Run, library: Library, callers: Callers, ceiling: Ceiling) -> Measured:
@@ -283,7 +288,7 @@ def _batches(run: Run, library: Library, callers: Callers, ceiling: Ceiling) -> 
     return Measured("search.vs_faiss.batch32", value, detail | ceiling.detail | library.detail)
 
 
-def _added_ms(run: Run, library: Library, client: Client, ceiling: Ceiling) -> Measured:
+def _added_ms(run: Run, side: str, library: Library, client: Client, ceiling: Ceiling) -> Measured:
     def search(number: int) -> object:
         query = _query(library, number)[0]
         return _read(client.search(library.collection, vector=query, k=_K, include=(), cache=False))
@@ -296,7 +301,9 @@ def _added_ms(run: Run, library: Library, client: Client, ceiling: Ceiling) -> M
         ).quantile_ms(0.5),
     )
     detail = {"unit": "p50 ms, one caller, blocking client", "service": median(ours), "faiss": median(theirs)}
-    return Measured("search.added_ms.c1", excess(ours, theirs), detail | ceiling.detail | library.detail)
+    return Measured(
+        f"search.added_ms.c1{side}", excess(ours, theirs), detail | ceiling.detail | library.detail
+    )
 
 
 def _filter_one_percent(run: Run, library: Library, callers: Callers) -> Measured:
