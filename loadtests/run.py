@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -225,12 +226,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            for service in (self._native, self._service):
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.scratch, ignore_errors=True)
+            for service in (self._service, self._native):
                 if service is not None:
-                    service.stop()
-        finally:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+                    stack.callback(service.stop)
 
 
 def _load(client: Client, collection: str, packages: Sequence[Package], vectors: np.ndarray) -> None:
