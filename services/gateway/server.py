@@ -115,7 +115,12 @@ class Server:
             bound = 0
         if not bound:
             raise PortTaken(f"cannot listen on {host}:{port}: the port is taken or not ours to use")
-        await self._server.start()
+        try:
+            await self._server.start()
+        except (
+            RuntimeError
+        ) as error:  # the native server's; what is behind it has a path that may be too long
+            raise PortTaken(f"cannot listen behind {host}:{bound}, where TMPDIR says: {error}") from None
         for name in ("", *(descriptor.full_name for descriptor in SERVICES.values())):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return f"{host}:{bound}"

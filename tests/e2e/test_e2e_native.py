@@ -51,6 +51,15 @@ def call(bare: grpc.Channel) -> Rpc:
     return Rpc.on(bare)
 
 
+def test_a_socket_that_cannot_be_had_is_told(tmp_path: Path, model_dir: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    lend_model(model_dir, tmp_path / "data")
+    with pytest.raises(AssertionError, match=r"ringfort: cannot listen behind .*TMPDIR") as told:
+        Up.start(tmp_path / "data", env=SETTINGS | {"TMPDIR": str(deep)})
+    assert "Traceback" not in str(told.value)
+
+
 def slow(name: str) -> pb.EmbedRequest:
     return pb.EmbedRequest(texts=[f"{name}: a text that takes a while, number {i}" for i in range(MANY)])
 
