@@ -127,6 +127,7 @@ class Follower:
         slots = self._holdings.follow(slots)
         if not slots:
             return
+        begun = self._holdings.changes
         after, ends = 0, False
         self._layout.backfilling(1)
         try:
@@ -141,12 +142,17 @@ class Follower:
                     continue
                 if delta is None:
                     raise Unavailable(f"the replica of {self._name} is down: {self.down}")
+                if not self._holdings.kept(slots, begun):
+                    # They were dropped, with what was read of them; who wants them again reads them again.
+                    return
                 for start in range(0, len(delta.rows), _SLICE_ROWS):
                     rows = delta.rows[start : start + _SLICE_ROWS]
                     vectors = delta.vectors[start : start + _SLICE_ROWS]
                     self._froze(self._layout.backfill(rows, vectors, after))
                     after = rows[-1].version.seq
                     await asyncio.sleep(0)
+                    if not self._holdings.kept(slots, begun):
+                        return
                 self._counts["backfilled_rows"] += len(delta.rows)
                 ends = delta.upto - delta.after < self._tail_rows
                 after = delta.upto

@@ -25,6 +25,8 @@ class Holdings:
         self.epoch = self.since = epoch
         #: Grows with every change of what is followed: a page of the log read before one is of no use after.
         self.changes = 0
+        #: By slot, the change since which it has been followed without a break.
+        self._followed_since = np.zeros(slots, np.int64)
 
     @property
     def follows_all(self) -> bool:
@@ -47,13 +49,20 @@ class Holdings:
 
     def follow(self, slots: Sequence[int]) -> list[int]:
         """Follow these too; those of them that are not whole here."""
-        if not self.followed[list(slots)].all():
-            self.followed[list(slots)] = True
+        new = [slot for slot in slots if not self.followed[slot]]
+        if new:
             self.changes += 1
+            self.followed[new] = True
+            self._followed_since[new] = self.changes
         return [slot for slot in slots if not self.whole[slot]]
 
+    def kept(self, slots: Sequence[int], since: int) -> bool:
+        """Whether these have all been followed since that change, and not given up and followed again."""
+        chosen = list(slots)
+        return bool((self.followed[chosen] & (self._followed_since[chosen] <= since)).all())
+
     def complete(self, slots: Sequence[int]) -> None:
-        """Those that are still followed are whole now."""
+        """These, which have been followed since they were begun to be read, are whole now."""
         self.whole[list(slots)] = self.followed[list(slots)]
 
     def serve(self, epoch: int, slots: Sequence[int]) -> None:

@@ -129,3 +129,18 @@ async def test_a_replica_opened_again_has_what_it_is_to_have(open_replica: Open,
         assert await found(again) == of(slots, log.live)
         again.validate_state()
         await again.close()
+
+
+def test_slots_given_up_and_followed_again_are_not_kept() -> None:
+    holdings = Holdings(8, (), 1)
+    holdings.follow([1, 2])
+    begun = holdings.changes
+    holdings.follow([3])
+    assert holdings.kept([1, 2], begun)
+    assert not holdings.kept([3], begun)
+    holdings.release([2])
+    assert not holdings.kept([1, 2], begun)
+    assert holdings.follow([2]) == [2]
+    assert holdings.kept([1], begun)
+    assert not holdings.kept([2], begun)
+    assert holdings.kept([1, 2], holdings.changes)
