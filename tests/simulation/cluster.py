@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from services.shard.holdings import Holdings
@@ -40,7 +40,7 @@ from shard_router.resharding import (
     Stored,
     Tell,
 )
-from shard_router.shard_map import MapState, Migrating, ShardMap, Steady
+from shard_router.shard_map import MapState, Migrating, Retiring, ShardMap, Steady
 
 SLOTS, LEASE_S, PAGE_ROWS = 8, 0.5, 3
 FOLLOW_S, CALL_S, PATIENCE_S = 0.06, 0.4, 2.0
@@ -50,13 +50,55 @@ class Fenced(Exception):
     """Another coordinator has the claim."""
 
 
+@dataclass
+class Conditions:
+    """How hard a world is."""
+
+    #: Shares of messages that are lost, and that are very late.
+    lost: float
+    late: float
+    #: How often a follower lags behind, and for how long at most.
+    lags: float
+    lag_s: float
+    #: How long a follower's read waits at most for its turn at the database.
+    queue_s: float
+    #: How long a page of a backfill takes at most to be taken in.
+    page_s: float
+    #: How long a gateway waits for a copy before it asks whether it has a lease.
+    apply_s: float
+    #: How often something happens between a coordinator's storing of a state and its telling of it.
+    disturbed: float
+    #: Crashes, pauses and the like, a second.
+    chaos: float
+    #: Whether some gateways only write and others only read, so that neither learn of a map by the other.
+    apart: bool
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> "Conditions":
+        """Each of them kind or hard, whatever the others are."""
+
+        def either(kind: float, hard: float) -> float:
+            return rng.choice((kind, hard))
+
+        return cls(
+            lost=either(0.02, 0.08),
+            late=either(0.03, 0.15),
+            lags=either(0.15, 0.5),
+            lag_s=either(10 * FOLLOW_S, 20 * FOLLOW_S),
+            queue_s=either(0.0, 0.4),
+            page_s=either(0.0, 0.3),
+            apply_s=either(CALL_S, CALL_S / 4),
+            disturbed=either(0.2, 0.6),
+            chaos=either(0.5, 2.0),
+            apart=rng.random() < 0.7,
+        )
+
+
 class Network:
     """Carries calls, some of them badly."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        #: Shares of messages that are lost, and that are very late.
-        self.lost, self.late = 0.02, 0.03
+    def __init__(self, rng: random.Random, conditions: Conditions) -> None:
+        self.rng, self.conditions = rng, conditions
 
     async def call(
         self, caller: "Process", work: Callable[[], Awaitable[Any]], limit_s: float = CALL_S
@@ -79,10 +121,12 @@ class Network:
         return answer
 
     async def _travel(self, limit_s: float) -> None:
-        if self.rng.random() < self.lost:
+        if self.rng.random() < self.conditions.lost:
             await asyncio.sleep(2 * limit_s)
             raise Unavailable("lost")
-        await asyncio.sleep(self.rng.uniform(0.001, 0.01) * (40 if self.rng.random() < self.late else 1))
+        await asyncio.sleep(
+            self.rng.uniform(0.001, 0.01) * (40 if self.rng.random() < self.conditions.late else 1)
+        )
 
 
 class Process:
@@ -133,6 +177,10 @@ class Database:
         self.counter = 0
         self.state: MapState = Steady(ShardMap.create(SLOTS, shards))
         self.claim = 0
+        #: By slot that has moved: where the log stood when its new owner was last waited for, and since which
+        #: epoch it answers.
+        self.passed: dict[int, tuple[int, int]] = {}
+        self._read = 0
 
     async def write(self, ids: Sequence[str], deletes: bool) -> tuple[int, int]:
         for id in ids:
@@ -159,6 +207,11 @@ class Database:
             raise Fenced
         return self.counter
 
+    async def position_to_pass(self, claim: int) -> int:
+        """The position that new owners have to pass."""
+        self._read = await self.position(claim)
+        return self._read
+
     async def read_state(self) -> MapState:
         return self.state
 
@@ -167,6 +220,9 @@ class Database:
             raise Fenced
         if state.epoch == self.state.epoch + 1:
             self.state = state
+            if isinstance(state, Retiring):
+                moved = (slot for slots in state.gains.values() for slot in slots)
+                self.passed |= dict.fromkeys(moved, (self._read, state.epoch))
         return self.state
 
 
@@ -176,6 +232,9 @@ class Replica(Process):
     def __init__(self, copy: Copy, cluster: "Cluster") -> None:
         super().__init__(cluster.rng)
         self.copy, self._cluster = copy, cluster
+        #: Whom it takes for the coordinator, which somebody else may be by now.
+        self.coordinator = cluster.coordinator
+        self._cut_off_until_s, self._cut_off_from = 0.0, self.coordinator
         self.start()
 
     def start(self) -> None:
@@ -189,6 +248,18 @@ class Replica(Process):
         self.state: MapState | None = None
         self.spawn(self._follow())
         self.spawn(self._renew())
+
+    def cut_off(self, seconds: float) -> None:
+        """The coordinator that is one now and it do not reach each other for so long; everybody else does."""
+        self._cut_off_until_s = asyncio.get_running_loop().time() + seconds
+        self._cut_off_from = self._cluster.coordinator
+
+    async def reached(self, coordinator: "Coordinator", work: Callable[[], Awaitable[Any]]) -> Any:
+        """What it and a coordinator have to say to each other."""
+        cut_off = asyncio.get_running_loop().time() < self._cut_off_until_s
+        if cut_off and coordinator is self._cut_off_from:
+            raise Unavailable("cut off")
+        return await work()
 
     async def search(self, epoch: int, read_after: int) -> list[Hit]:
         await self.awake()
@@ -235,7 +306,7 @@ class Replica(Process):
         life, wanted = self.life, self.holdings.follow(slots)
         if not wanted:
             return
-        after, ends = 0, False
+        begun, after, ends = self.holdings.changes, 0, False
         self.backfilling += 1
         while not ends:
             try:
@@ -244,12 +315,16 @@ class Replica(Process):
                 )
             except Unavailable:
                 continue
+            await asyncio.sleep(self.rng.uniform(0, self._cluster.conditions.page_s))
             await self.awake(life)
+            if not self.holdings.kept(wanted, begun):
+                break
             for id, row in page:
                 here = id in self.rows or id in self.deleted or not self.holdings.followed[slot_of(id, SLOTS)]
                 if not row.deleted and not here:
                     self.rows[id] = row.seq
-        self.holdings.complete(wanted)
+        else:
+            self.holdings.complete(wanted)
         self.backfilling -= 1
         if not self.backfilling:
             self.deleted.clear()
@@ -257,11 +332,11 @@ class Replica(Process):
     async def _follow(self) -> None:
         life = self.life
         while True:
-            changes, cursor = self.holdings.changes, self.cursor
+            changes, cursor, slots = self.holdings.changes, self.cursor, self.holdings.slots_followed()
+            await asyncio.sleep(self.rng.uniform(0, self._cluster.conditions.queue_s))
             try:
                 page, upto, ends = await self._cluster.ask_database(
-                    self,
-                    lambda cursor=cursor: self._cluster.database.tail(cursor, self.holdings.slots_followed()),
+                    self, lambda cursor=cursor, slots=slots: self._cluster.database.tail(cursor, slots)
                 )
             except Unavailable:
                 continue
@@ -280,9 +355,9 @@ class Replica(Process):
                 self.position = upto
                 self.lease.caught_up(upto)
                 # Now and then somebody lags behind.
-                await asyncio.sleep(
-                    self.rng.uniform(0, 2 * FOLLOW_S) * (5 if self.rng.random() < 0.15 else 1)
-                )
+                conditions = self._cluster.conditions
+                lags = self.rng.random() < conditions.lags
+                await asyncio.sleep(self.rng.uniform(0, conditions.lag_s if lags else 2 * FOLLOW_S))
 
     async def _renew(self) -> None:
         life = self.life
@@ -290,9 +365,10 @@ class Replica(Process):
             sent_s = self.now()
             try:
                 position, state = await self._cluster.network.call(
-                    self, lambda: self._cluster.coordinator.renew(self.copy)
+                    self, lambda: self.reached(self.coordinator, lambda: self.coordinator.renew(self.copy))
                 )
             except (Unavailable, Fenced):
+                self.coordinator = self._cluster.coordinator
                 await asyncio.sleep(FOLLOW_S)
                 continue
             await self.awake(life)
@@ -327,7 +403,7 @@ class Coordinator(Process):
         self.spawn(self._run())
 
     async def renew(self, copy: Copy) -> tuple[int, MapState]:
-        await self.awake()
+        await self.awake(0)
         if copy not in self.leases.holders(self.now()):
             self.up.discard(copy)
             self.events.put_nowait(Left(copy))
@@ -340,7 +416,7 @@ class Coordinator(Process):
 
     async def leased(self, copy: Copy) -> bool:
         """Whether a copy may still believe that it has a lease."""
-        await self.awake()
+        await self.awake(0)
         may = copy in self.leases.holders(self.now())
         await self._cluster.ask_database(self, lambda: self._cluster.database.position(self.claim))
         return may
@@ -384,11 +460,13 @@ class Coordinator(Process):
                 await asyncio.sleep(FOLLOW_S)
 
     async def _carry_out(self, instruction: Instruction) -> None:
+        machine = self.machine
         try:
             event = await self._do(instruction)
         except Fenced:
             return  # somebody else goes on
-        if event is not None:
+        # What came of an earlier change is nothing to the next.
+        if event is not None and machine is self.machine:
             self.events.put_nowait(event)
 
     async def _do(self, instruction: Instruction) -> Event | None:
@@ -396,6 +474,7 @@ class Coordinator(Process):
         match instruction:
             case Store(state):
                 stored = await self._insist(lambda: database.put(self.claim, state))
+                await self._disturbed()
                 return Stored() if stored == state else Overtaken(stored)
             case Tell(state):
                 self.told = state
@@ -408,7 +487,7 @@ class Coordinator(Process):
                 replica = self._cluster.replicas[copy]
                 return await self._ask_copy(copy, lambda: replica.backfill(slots), lambda _: Backfilled(copy))
             case ReadPosition():
-                return PositionRead(await self._insist(lambda: database.position(self.claim)))
+                return PositionRead(await self._insist(lambda: database.position_to_pass(self.claim)))
             case AwaitApplied(copy, position):
                 replica = self._cluster.replicas[copy]
                 return await self._ask_copy(
@@ -418,25 +497,48 @@ class Coordinator(Process):
                 )
         raise AssertionError(instruction)
 
+    async def _disturbed(self) -> None:
+        """What may come between a change and everybody's hearing of it."""
+        if self.rng.random() < self._cluster.conditions.disturbed:
+            match self.rng.randrange(4):
+                case 0:
+                    self.pause(self.rng.uniform(0.1, 0.6))
+                case 1:
+                    self._cluster.cut_off(0.5)
+                case _ if self._cluster.coordinator is self:
+                    asyncio.get_running_loop().call_soon(self._cluster.take_over)
+                    await asyncio.sleep(0)
+            await self.awake(0)
+
     async def _knows(self, copy: Copy, state: MapState) -> bool:
         if copy not in self.leases.holders(self.now()):
             return True
         replica = self._cluster.replicas[copy]
         try:
-            return bool(await self._cluster.network.call(self, lambda: replica.hear(state)))
+            return bool(
+                await self._cluster.network.call(
+                    self, lambda: replica.reached(self, lambda: replica.hear(state))
+                )
+            )
         except Unavailable:
             return False
 
     async def _ask_copy(
         self, copy: Copy, work: Callable[[], Awaitable[Any]], event: Callable[[Any], Event | None]
     ) -> Event | None:
-        life = self._cluster.replicas[copy].life
-        while self._cluster.replicas[copy].life == life:
+        replica = self._cluster.replicas[copy]
+        life, machine = replica.life, self.machine
+        while replica.life == life and self.machine is machine:
             try:
-                if (told := event(await self._cluster.network.call(self, work, PATIENCE_S))) is not None:
+                told = event(
+                    await self._cluster.network.call(self, lambda: replica.reached(self, work), 2 * CALL_S)
+                )
+                if told is not None:
                     return told
             except Unavailable:
                 await asyncio.sleep(FOLLOW_S)
+        if self.machine is not machine:
+            return None
         self.up.discard(copy)
         return Left(copy)
 
@@ -447,6 +549,7 @@ class Found:
 
     seqs: Mapping[str, int]
     slots: frozenset[int]
+    epoch: int
 
 
 class Gateway(Process):
@@ -455,6 +558,7 @@ class Gateway(Process):
     def __init__(self, cluster: "Cluster") -> None:
         super().__init__(cluster.rng)
         self._cluster = cluster
+        self.coordinator = cluster.coordinator
         self.state: MapState = cluster.database.state
 
     async def write(self, ids: Sequence[str], *, deletes: bool, visible: bool) -> tuple[int, bool]:
@@ -477,15 +581,16 @@ class Gateway(Process):
         return upto, True
 
     async def _applied(self, copy: Copy, position: int) -> bool:
-        replica, coordinator = self._cluster.replicas[copy], self._cluster.coordinator
+        replica, limit_s = self._cluster.replicas[copy], self._cluster.conditions.apply_s
         try:
-            if await self._cluster.network.call(self, lambda: replica.applied(position)):
+            if await self._cluster.network.call(self, lambda: replica.applied(position), limit_s):
                 return True
         except Unavailable:
             pass
         try:
-            return not await self._cluster.network.call(self, lambda: coordinator.leased(copy))
+            return not await self._cluster.network.call(self, lambda: self.coordinator.leased(copy))
         except (Unavailable, Fenced):
+            self.coordinator = self._cluster.coordinator
             return False
 
     async def refresh(self) -> None:
@@ -521,7 +626,7 @@ class Gateway(Process):
             ]
             hits = merge([hits for hits in answers if hits is not None], 1000)
             slots = frozenset(slot for shard in answered for slot in state.served_by(shard))
-            return Found({hit.id: hit.version.seq for hit in hits}, slots)
+            return Found({hit.id: hit.version.seq for hit in hits}, slots, state.epoch)
 
     async def _ask(self, state: MapState, shard: int, first: int, read_after: int) -> list[Hit] | None:
         question, number = ShardQuestion(first, [0.0] * self._cluster.copies_a_shard), first
@@ -548,12 +653,14 @@ class Cluster:
     shards: int
     copies_a_shard: int
     #: Shards that may ever be.
-    most_shards: int = 3
+    most_shards: int
+    conditions: Conditions
     changes: int = 0
-    wishes: list[bool] = field(default_factory=list)
+    #: Whether one change follows upon another.
+    restless: bool = True
 
     def __post_init__(self) -> None:
-        self.network = Network(self.rng)
+        self.network = Network(self.rng, self.conditions)
         self.database = Database(self.shards)
         self.replicas: dict[Copy, Replica] = {}
         self.coordinator = Coordinator(self)
@@ -567,18 +674,22 @@ class Cluster:
         """Every copy there is, whether its shard has slots or not."""
         return [Copy(s, n) for s in range(self.most_shards) for n in range(self.copies_a_shard)]
 
+    def moving(self, id: str) -> bool:
+        """Whether a document's slot is changing owners."""
+        state = self.database.state
+        return isinstance(state, Migrating | Retiring) and any(
+            slot_of(id, SLOTS) in slots for slots in state.gains.values()
+        )
+
     def wish(self, state: Steady) -> Migrating | None:
         """The next change that is asked for."""
-        if not self.wishes:
+        if not self.restless:
             return None
-        adds = self.wishes.pop(0)
         unused = [shard for shard in range(self.most_shards) if shard not in state.shards]
-        if adds and unused:
+        if len(state.shards) == 1 or (unused and self.rng.random() < 0.5):
             return state.migrate(lambda shard_map: shard_map.add_shard(unused[0]))
-        if not adds and len(state.shards) > 1:
-            drained = self.rng.choice(state.shards)
-            return state.migrate(lambda shard_map: shard_map.drain_shard(drained))
-        return None
+        drained = self.rng.choice(state.shards)
+        return state.migrate(lambda shard_map: shard_map.drain_shard(drained))
 
     async def ask_database(self, caller: Process, work: Callable[[], Awaitable[Any]]) -> Any:
         return await self.network.call(caller, work)
@@ -587,7 +698,17 @@ class Cluster:
         self.replicas[copy].crash()
         self.replicas[copy].start()
 
-    def crash_coordinator(self) -> None:
-        """It dies, and another takes over."""
-        self.coordinator.crash()
-        self.coordinator = Coordinator(self)
+    def cut_off(self, share: float) -> None:
+        """Cut about so many of the copies off from the coordinator, for a while."""
+        for replica in self.replicas.values():
+            if self.rng.random() < share:
+                replica.cut_off(self.rng.uniform(0.2, 1.0))
+
+    def take_over(self) -> None:
+        """Another coordinator is sure that this one is dead, which it is now or later."""
+        before, self.coordinator = self.coordinator, Coordinator(self)
+        self.cut_off(0.5)
+        if self.rng.random() < 0.5:
+            before.crash()
+        else:
+            asyncio.get_running_loop().call_later(self.rng.uniform(0.5, 3.0), before.crash)
