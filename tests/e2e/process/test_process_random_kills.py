@@ -156,5 +156,8 @@ def test_whatever_is_killed_nothing_acknowledged_is_lost(
         eventually(lambda: len(files.quarantined()) >= 2, 30)
         ledger.compare()
         assert damaged
+        # Stopped while what they held may lie in no segment yet: the next start reads it again.
         service.stop()
-        files.require_whole()
+        service.start()
+        ledger.compare()
+        service.stop()
