@@ -1,5 +1,6 @@
 """The session-end check of the tests themselves: what a test leaves running fails the session."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -50,6 +51,7 @@ def test_a_session_that_leaves_a_process_fails_and_ends_it(tmp_path: Path, body:
             str(tmp_path),
         ],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
         timeout=60,
