@@ -12,7 +12,7 @@ from valkeys import Valkey
 from services.cache.watermark import Watermark
 
 SEEDS = int(os.environ.get("SEEDS", "6"))
-#: Seeds tried until a mistake shows: most do within a dozen, but chance and the machine have their part in it.
+#: Seeds tried until a mistake shows: most do within a dozen, but chance has its part in it.
 PATIENCE = 400
 WRITES = 60
 
