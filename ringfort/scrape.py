@@ -12,7 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from ringfort.errors import Unavailable
 
 DEFAULT_HTTP = "127.0.0.1:7780"
-HTTP_VARIABLE = "RINGFORT_HTTP"
 _TIMEOUT_S = 5.0
 
 #: A sample's name and labels.
