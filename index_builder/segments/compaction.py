@@ -11,6 +11,9 @@ from index_builder.segments.index_spec import GRAPH_ROWS, IndexKind, kind_for
 FACTOR = 8
 #: A segment with a smaller share of live rows is rewritten.
 LIVE_SHARE = 0.5
+#: Flat rows beside a graph that are so large a part of its live rows are linked into it: comparing 8,192 codes
+#: takes half as long as walking a graph of any size.
+BESIDE_SHARE = 1 / 4
 #: No merge makes a segment of more rows, or of more codes of one byte a dimension: those are in memory
 #: while a graph of them is built.
 MOST_ROWS, MOST_CODE_BYTES = 1 << 20, 256 << 20
@@ -59,10 +62,10 @@ def choose(segments: Sequence[SegmentFacts], policy: Policy, *, calm: bool) -> C
     """The next rewrite; None where all is well. Segments come oldest first.
 
     First one that is mostly dead (the smallest live part first, for it frees the most). Then, while it is
-    calm, all the flat ones that fit together, if they are enough for a graph. Then, of the smallest tier
-    with FACTOR segments whose sizes lie within one FACTOR, the oldest FACTOR of them. Graphs are made,
-    and made anew, only while it is calm: they cost a hundred times what writing costs, and the next
-    minute of a bulk load would make them anew.
+    calm, all the flat ones that fit together, if they are enough for a graph, or with the smallest graph if
+    they are much beside it. Then, of the smallest tier with FACTOR segments whose sizes lie within one
+    FACTOR, the oldest FACTOR of them. Graphs are made, and made anew, only while it is calm: they cost a
+    hundred times what writing costs, and the next minute of a bulk load would make them anew.
     """
     movable = [segment for segment in segments if calm or segment.kind is IndexKind.FLAT or not segment.live]
     decayed = [segment for segment in movable if segment.live < segment.rows * LIVE_SHARE]
@@ -73,6 +76,8 @@ def choose(segments: Sequence[SegmentFacts], policy: Policy, *, calm: bool) -> C
     kind = policy.kind(sum(segment.live for segment in flat), calm)
     if kind is not IndexKind.FLAT:
         return _rewrite(flat, kind)
+    if calm and (joined := _with_a_graph(flat, movable, policy.most_rows)):
+        return _rewrite(joined, policy.kind(sum(segment.live for segment in joined), calm))
     tiers: dict[tuple[int, bool], list[SegmentFacts]] = {}
     for segment in movable:
         tier = int(math.log(segment.live, FACTOR)), segment.kind is not IndexKind.FLAT
@@ -106,6 +111,20 @@ def _fitting(segments: Sequence[SegmentFacts], most_rows: int) -> list[SegmentFa
             chosen.append(segment)
             most_rows -= segment.live
     return chosen
+
+
+def _with_a_graph(
+    flat: Sequence[SegmentFacts], segments: Sequence[SegmentFacts], most_rows: int
+) -> list[SegmentFacts]:
+    """The flat ones and the smallest graph, in their order; empty where they are little beside it, or too many."""
+    graphs = [segment for segment in segments if segment.kind is not IndexKind.FLAT]
+    if not graphs:
+        return []
+    graph = min(graphs, key=lambda segment: segment.live)
+    beside = sum(segment.live for segment in flat)
+    if beside < graph.live * BESIDE_SHARE or beside + graph.live > most_rows:
+        return []
+    return [segment for segment in segments if segment in flat or segment is graph]
 
 
 def _rewrite(segments: Sequence[SegmentFacts], kind: IndexKind) -> Choice:

@@ -60,12 +60,24 @@ def test_a_bulk_load_ends_in_one_graph_beside_what_does_not_fit() -> None:
 
 
 def test_a_graph_is_not_made_anew_for_what_comes_after_it() -> None:
-    graph = facts((300_000, 160_000), kind=HNSW)
+    graph = facts((300_000, 200_000), kind=HNSW)
     assert in_calm(graph + facts(*[(8192, 8192)] * 6, first=1)) is None
     assert in_calm(graph + facts(*[(8192, 8192)] * 7, first=1)) == (tuple(range(1, 8)), HNSW)
     graphs = facts(*[(60_000, 60_000)] * FACTOR, kind=HNSW)
     assert in_calm(graphs) == (tuple(range(FACTOR)), HNSW)
     assert under_load(graphs) is None
+
+
+def test_what_is_much_beside_a_graph_is_linked_into_it() -> None:
+    old, graph = facts((8192, 8192)), facts((120_000, 80_000), kind=HNSW, first=1)
+    larger = facts((200_000, 200_000), kind=HNSW, first=2)
+    new = facts((8192, 8192), (3616, 3616), first=3)
+    assert in_calm([*old, *graph, *larger, *new]) == ((0, 1, 3, 4), HNSW)
+    assert under_load([*old, *graph, *larger, *new]) is None
+    # A row less, and it is little.
+    assert in_calm([*old, *graph, *larger, *facts((8192, 8192), (3615, 3615), first=3)]) is None
+    full = facts((POLICY.most_rows, POLICY.most_rows - 40_000), kind=HNSW)
+    assert in_calm(full + facts(*[(8192, 8192)] * 5, first=1), Policy("auto", dim=384)) is None
 
 
 def test_a_graph_that_decays_waits_for_calm_unless_it_is_all_dead() -> None:
