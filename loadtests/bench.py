@@ -12,7 +12,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from loadtests import cache, corpus, e2e, embed, ingest, machine, observe, quality, search, start, tail
+from loadtests import (
+    cache,
+    cluster,
+    corpus,
+    e2e,
+    embed,
+    ingest,
+    machine,
+    observe,
+    quality,
+    search,
+    start,
+    tail,
+)
 from loadtests.peers import rows as peers
 from loadtests.run import Run
 from loadtests.scoreboard import FAMILIES, Measured, Row, entry, of_families
@@ -29,6 +42,7 @@ MEASURES: Mapping[str, Callable[[Run], Iterator[Measured]]] = {
     "observe": observe.measure,
     "peers": peers.measure,
     "start": start.measure,
+    "cluster": cluster.measure,
 }
 BUILD = Path(__file__).parents[1] / "build"
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,22 +26,30 @@ class Service:
     """`python -m services up` on a data directory and free ports, from its ready line to `stop`."""
 
     def __init__(
-        self, data_dir: Path, *, env: Mapping[str, str] | None = None, within_s: float = 120.0
+        self,
+        data_dir: Path,
+        arguments: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        within_s: float = 120.0,
     ) -> None:
-        """Start it and wait until it serves; `env` goes on top of ours. ServiceFailed otherwise."""
+        """Start it with these further arguments of `up` and wait until it serves; ServiceFailed otherwise.
+
+        `env` goes on top of ours.
+        """
         self.data_dir = data_dir
         self._told = data_dir.with_name(f"{data_dir.name}.stderr")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RINGFORT_")}
-        ports = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+        told = ["--data-dir", str(data_dir), "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *arguments]
         began = time.perf_counter()
-        with self._told.open("wb") as told:
+        with self._told.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "services", "up", "--json", "--data-dir", str(data_dir), *ports],
+                [sys.executable, "-m", "services", "up", "--json", *told],
                 cwd=_ROOT,
                 env={**inherited, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=told,
+                stderr=stderr,
                 start_new_session=True,  # Ctrl-C is ours; we stop it
             )
         try:
