@@ -17,6 +17,7 @@ from loadtests.callers import Callers
 from loadtests.corpus import new_texts
 from loadtests.engine import BATCH_TOKENS, Batch, Engine, by_length, in_order
 from loadtests.gemm import int8_products, operations_per_token
+from loadtests.quality import Judged
 from loadtests.run import Costed, Run
 from loadtests.scoreboard import Measured
 from loadtests.timing import alone, excess, median, ratio, repeat, take_turns
@@ -89,11 +90,9 @@ def _gemm_share(run: Run, stream: np.ndarray) -> Measured:
 
 def _length_aware(run: Run, stream: np.ndarray) -> Measured:
     engine = Engine(run.manifest(), threads=1)
-    rng = random.Random(_SEED)
     texts = run.sized(512, 64)
-    growth = math.log(_MOST_TOKENS / _LEAST_TOKENS)
-    lengths = [round(_LEAST_TOKENS * math.exp(growth * rng.random())) for _ in range(texts)]
-    ids = [_text_of(stream, i, length) for i, length in enumerate(lengths)]
+    mixed, ids = _mixed(run, engine, stream, texts)
+    lengths = list(map(len, ids))
     packed = in_order(ids, _BATCH_ROWS)
     # An engine that does not pack computes what it pads; a mask of ones is that, and nothing else differs.
     arrival = [(matrix, np.ones_like(mask), rows) for matrix, mask, rows in packed]
@@ -104,6 +103,7 @@ def _length_aware(run: Run, stream: np.ndarray) -> Measured:
     packed_s = repeat(run.rounds, lambda: engine.run(packed).processor_s)
     detail = {
         "texts": texts,
+        "of": mixed,
         "batch": _BATCH_ROWS,
         "padding": {"by_length": _padding(sorted_), "arrival": _padding(packed)},
         "texts_per_cpu_s": {
@@ -113,6 +113,21 @@ def _length_aware(run: Run, stream: np.ndarray) -> Measured:
         },
     }
     return Measured("embed.length_aware", ratio(arrival_s, aware_s), detail)
+
+
+def _mixed(run: Run, engine: Engine, stream: np.ndarray, texts: int) -> tuple[str, list[np.ndarray]]:
+    """Token ids of so many texts, short and long, in no order; and what they are.
+
+    Descriptions of packages and abstracts, as many of each, where there are judged collections.
+    """
+    rng = random.Random(_SEED)
+    if run.judged is not None and (run.judged / "cranfield").is_dir():
+        abstracts = rng.sample(Judged.read(run.judged / "cranfield").documents, texts // 2)
+        descriptions = [package.summary for package in rng.sample(run.packages, texts - len(abstracts))]
+        return "descriptions and abstracts", engine.tokenize(rng.sample(abstracts + descriptions, texts))
+    growth = math.log(_MOST_TOKENS / _LEAST_TOKENS)
+    lengths = [round(_LEAST_TOKENS * math.exp(growth * rng.random())) for _ in range(texts)]
+    return "lengths by chance", [_text_of(stream, i, length) for i, length in enumerate(lengths)]
 
 
 def _rpc_us_per_text(run: Run, texts: Iterator[str]) -> Measured:
