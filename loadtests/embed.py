@@ -92,20 +92,19 @@ def _length_aware(run: Run, stream: np.ndarray) -> Measured:
     engine = Engine(run.manifest(), threads=1)
     texts = run.sized(512, 64)
     mixed, ids = _mixed(run, engine, stream, texts)
-    lengths = list(map(len, ids))
     packed = in_order(ids, _BATCH_ROWS)
     # An engine that does not pack computes what it pads; a mask of ones is that, and nothing else differs.
     arrival = [(matrix, np.ones_like(mask), rows) for matrix, mask, rows in packed]
-    sorted_ = in_order(ids, _BATCH_ROWS, sorted(range(texts), key=lengths.__getitem__))
+    aware = by_length(ids)
     aware_s, arrival_s = take_turns(
-        run.rounds, lambda: engine.run(sorted_).processor_s, lambda: engine.run(arrival).processor_s
+        run.rounds, lambda: engine.run(aware).processor_s, lambda: engine.run(arrival).processor_s
     )
     packed_s = repeat(run.rounds, lambda: engine.run(packed).processor_s)
     detail = {
         "texts": texts,
         "of": mixed,
-        "batch": _BATCH_ROWS,
-        "padding": {"by_length": _padding(sorted_), "arrival": _padding(packed)},
+        "texts_a_batch": {"by_length": texts / len(aware), "arrival": _BATCH_ROWS},
+        "padding": {"by_length": _padding(aware), "arrival": _padding(packed)},
         "texts_per_cpu_s": {
             "by_length": texts / median(aware_s),
             "arrival": texts / median(arrival_s),

@@ -80,9 +80,9 @@ def by_length(ids: Sequence[np.ndarray]) -> list[Batch]:
     return batches
 
 
-def in_order(ids: Sequence[np.ndarray], rows: int, order: Sequence[int] | None = None) -> list[Batch]:
-    """Batches of so many texts, in the order given or that of arrival, each padded to its longest."""
-    order = range(len(ids)) if order is None else order
+def in_order(ids: Sequence[np.ndarray], rows: int) -> list[Batch]:
+    """Batches of so many texts, in order of arrival, each padded to its longest."""
+    order = range(len(ids))
     return [_batch(ids, order[start : start + rows]) for start in range(0, len(order), rows)]
 
 
