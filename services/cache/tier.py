@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from redis.exceptions import RedisError
@@ -152,6 +152,10 @@ class CacheTier:
     async def look_behind(self, key: bytes) -> bytes | None:
         """The value in Redis, by now, of a key that was missed; not counted as another read."""
         return (await self._redis.fetch([key])).get(key) if self._redis else None
+
+    async def look_behind_many(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        """The values in Redis, by now, of keys that were missed, by key; not counted as other reads."""
+        return await self._redis.fetch(keys) if self._redis else {}
 
     async def publish(self, key: bytes, value: bytes, *, ttl_s: float) -> None:
         """As `put_many` for one value, and Redis has it on return, if it can have it at all."""

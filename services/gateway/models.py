@@ -199,22 +199,26 @@ class Models:
         *,
         dim: int = 0,
         use_cache: bool = True,
+        lease: bool = False,
     ) -> Vectors:
         """A vector for every text, in order, by a model that is loaded where it is not yet.
 
-        `dim` is a length that the model declares, 0 its own. Overloaded where neither the queue nor the
-        memory has room; EmbedderUnavailable where the model's files are gone; DeadlineExceeded.
+        `dim` is a length that the model declares, 0 its own; `lease` as of Embeddings. Overloaded where
+        neither the queue nor the memory has room; EmbedderUnavailable where the model's files are gone;
+        DeadlineExceeded.
         """
         if manifest.image is not None:
             raise InvalidField("texts", f"model {manifest.model} takes images")
         if manifest.variant == self.default.variant:
-            made = await self._default.embed(texts, input_type, deadline, use_cache=use_cache)
+            made = await self._default.embed(texts, input_type, deadline, use_cache=use_cache, lease=lease)
         else:
             held = await self._hold(manifest, deadline)
             assert held.embeddings is not None, "a model of texts has a cache before it"
             held.in_use += 1
             try:
-                made = await held.embeddings.embed(texts, input_type, deadline, use_cache=use_cache)
+                made = await held.embeddings.embed(
+                    texts, input_type, deadline, use_cache=use_cache, lease=lease
+                )
             finally:
                 held.in_use -= 1
         if dim in (0, manifest.dim):

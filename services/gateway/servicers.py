@@ -86,7 +86,7 @@ class EmbeddingService:
             raise InvalidField("input_type", f"{request.input_type} is not an input type")
         texts = self._models.check_texts(request.texts, "texts", truncate=request.truncate)
         made = await self._models.embed(
-            manifest, texts, INPUT_TYPES[request.input_type], call.deadline, dim=dim
+            manifest, texts, INPUT_TYPES[request.input_type], call.deadline, dim=dim, lease=True
         )
         truncated = made.truncated
         if request.truncate:

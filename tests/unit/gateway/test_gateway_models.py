@@ -50,7 +50,7 @@ class Fake:
         self.closed = True
 
     async def embed(
-        self, texts: Sequence[str], input_type: InputType, deadline: Deadline, *, use_cache: bool
+        self, texts: Sequence[str], input_type: InputType, deadline: Deadline, *, use_cache: bool, lease: bool
     ) -> Vectors:
         assert not self.closed
         if self._hold:
