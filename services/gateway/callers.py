@@ -8,7 +8,7 @@ from shard_router.errors import Unauthenticated
 DEFAULT_TENANT = "default"
 #: By service, the methods that read or change what belongs to the host or to all tenants.
 OPERATORS_ONLY: Mapping[str, frozenset[str]] = {
-    "ModelService": frozenset(("Register", "SetTraffic", "Promote", "Rollback")),
+    "ModelService": frozenset(("Register", "SetTraffic", "Promote", "Rollback", "Profile")),
     "ClusterService": frozenset(("AddShard", "DrainShard", "SetReplicas", "Backup", "Restore")),
 }
 

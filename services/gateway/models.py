@@ -20,6 +20,7 @@ from index_builder.models.reduction import Reduction, truncated
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.embedder.images import EmbeddedImages
+from services.embedder.profiling import Profile
 from services.gateway.embeddings import Embeddings, Vectors
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint
 from services.gateway.traffic import Canary
@@ -89,6 +90,7 @@ class Models:
         #: Models are loaded one at a time, so that room made for one is not taken by another.
         self._making_room = asyncio.Lock()
         self._loads = self._evictions = self._failures = 0
+        self._profiling = False
 
     @property
     def default(self) -> ModelManifest:
@@ -253,6 +255,29 @@ class Models:
             self.of(collection), texts, input_type, deadline, dim=collection.dim, use_cache=use_cache
         )
 
+    async def profile(self, manifest: ModelManifest, seconds: float, deadline: Deadline) -> Profile:
+        """Which operators take the time of the next batches of a model, for so long at most.
+
+        Its graph is loaded once more for that: Overloaded where there is no room for it beside what is in
+        use. PreconditionFailed while one is profiled already; the errors of `embed`.
+        """
+        if self._profiling:
+            raise PreconditionFailed("a model is being profiled already")
+        self._profiling = True
+        try:
+            if manifest.variant == self.default.variant:
+                await self._make_room_for(self.default)
+                return await self._default.embedder.profile(seconds)
+            held = await self._hold(manifest, deadline)
+            held.in_use += 1
+            try:
+                await self._make_room_for(manifest)
+                return await held.embedder.profile(seconds)
+            finally:
+                held.in_use -= 1
+        finally:
+            self._profiling = False
+
     async def load(self, manifest: ModelManifest, deadline: Deadline) -> None:
         """Have a model loaded before anybody waits for it; the errors of `embed`."""
         if manifest.variant != self.default.variant:
@@ -340,6 +365,10 @@ class Models:
             if fetched.variant != manifest.variant:
                 raise ArtifactRefused(f"{artifact}: holds another model than was registered") from None
             return fetched
+
+    async def _make_room_for(self, manifest: ModelManifest) -> None:
+        async with self._making_room:
+            await self._make_room((manifest.directory / GRAPH_FILE).stat().st_size)
 
     async def _make_room(self, graph_bytes: int) -> None:
         """Give up idle models until there is room; Overloaded where those in use leave too little."""
