@@ -12,6 +12,7 @@ from rich.text import Text
 from protos.ringfort import v1 as pb
 from ringfort import wire
 from ringfort.documents import AttributeValue
+from ringfort.operators import Operator
 
 #: Narrower terminals show texts, not attributes.
 _WIDE = 100
@@ -378,6 +379,20 @@ def hot_keys(answer: pb.HotKeysResponse) -> RenderableType:
         table.add_column(column, justify="right")
     for key in answer.keys:
         table.add_row(key.key, key.kind, key.collection or "–", f"{key.share:.1%}", f"{key.count:,}")
+    return table
+
+
+def operators(told: Iterable[Operator]) -> RenderableType:
+    """Operators of a model and their times, a row each."""
+    table = _table()
+    table.add_column("operator", style="bold")
+    for column in ("calls", "total ms", "mean µs", "share"):
+        table.add_column(column, justify="right")
+    for each in told:
+        mean_us = each.total_ms / each.calls * 1e3
+        table.add_row(
+            each.name, f"{each.calls:,}", f"{each.total_ms:,.1f}", f"{mean_us:,.1f}", f"{each.share:.1%}"
+        )
     return table
 
 

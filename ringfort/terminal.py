@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from rich.console import Console, RenderableType
 
 from ringfort.calls.call import Call
+from ringfort.channel import DEFAULT_TIMEOUT_S
 from ringfort.client import Client
 
 M = TypeVar("M", bound=Message)
@@ -18,9 +19,9 @@ M = TypeVar("M", bound=Message)
 _PIPED_WIDTH = 120
 
 
-def ask(server: str | None, call: Call[M, Any]) -> M:
+def ask(server: str | None, call: Call[M, Any], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> M:
     """The service's answer to one call, as its message."""
-    with Client(server) as client:
+    with Client(server, timeout_s=timeout_s) as client:
         return client.send(call)
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -54,11 +54,21 @@ class GatewaySettings(Section):
     #: PEM files; both or neither.
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    #: API key -> tenant. Empty: no keys asked for, the tenant is `default`.
+    #: API key -> tenant. Empty: no keys asked for, the tenant is `default`, and everybody is an operator.
     api_keys: dict[str, str] = Field(default_factory=dict)
+    #: Such keys that may also register, promote and try models, change shards and replicas.
+    operator_keys: dict[str, str] = Field(default_factory=dict)
     #: Requests a second and key; 0 is unlimited.
     rate_per_key: float = Field(0.0, ge=0)
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _keys_are_told_apart(self) -> "GatewaySettings":
+        if self.operator_keys and not self.api_keys:
+            raise ValueError("operator_keys mean nothing without api_keys: everybody is an operator then")
+        if self.operator_keys.keys() & self.api_keys.keys():
+            raise ValueError("a key is among both api_keys and operator_keys")
+        return self
 
 
 class EmbedderSettings(Section):

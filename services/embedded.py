@@ -174,6 +174,7 @@ class Embedded:
         telemetry.parts.add_each("model", models.stats_of_each)
         telemetry.parts.add_each("ranker", rankers.stats_of_each)
         telemetry.parts.add_each("collection", catalog.stats_of_each)
+        telemetry.parts.add_each("hot_key", cache.stats_of_hottest, label="rank")
 
         async def ready() -> str:
             try:

@@ -1,9 +1,9 @@
 """What the service tells of itself: Prometheus metrics and one structured log line per event.
 
 Parts count for themselves (`stats()`); a collector reads them when somebody asks, so counting costs the
-hot path an integer addition. Labels are bounded: method, code, part, stage, and of models and collections the
-first so many. Stages are the process's, as a process runs one service: a part names the one it is and tells
-it how long it took.
+hot path an integer addition. Labels are bounded: method, code, part, stage, rank, and of models and
+collections the first so many. Stages are the process's, as a process runs one service: a part names the one
+it is and tells it how long it took.
 """
 
 import json
@@ -108,15 +108,20 @@ class PartsCollector:
 
     def __init__(self) -> None:
         self._parts: dict[str, Callable[[], Figures]] = {}
-        self._labelled: dict[str, Callable[[], Mapping[str, Figures]]] = {}
+        self._labelled: dict[str, tuple[str, Callable[[], Mapping[str, Figures]]]] = {}
 
     def add(self, part: str, stats: Callable[[], Figures]) -> None:
         """Export `ringfort_<part>_<name>` for every name that `stats` gives."""
         self._parts[part] = stats
 
-    def add_each(self, kind: str, stats: Callable[[], Mapping[str, Figures]]) -> None:
-        """Export `ringfort_<kind>_<name>{<kind>="…"}` for the first `LABELS_MOST` that `stats` gives."""
-        self._labelled[kind] = stats
+    def add_each(
+        self, kind: str, stats: Callable[[], Mapping[str, Figures]], *, label: str | None = None
+    ) -> None:
+        """Export `ringfort_<kind>_<name>{<label>="…"}` for the first `LABELS_MOST` that `stats` gives.
+
+        The label is the kind unless told otherwise.
+        """
+        self._labelled[kind] = (label or kind, stats)
 
     def collect(self) -> Iterable[Metric]:
         """The metric families of this moment."""
@@ -125,13 +130,13 @@ class PartsCollector:
                 family = _family(part, name)
                 family.add_metric([], value)
                 yield family
-        for kind, stats_of_each in self._labelled.items():
+        for kind, (label, stats_of_each) in self._labelled.items():
             families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-            for label, figures in list(stats_of_each().items())[:LABELS_MOST]:
+            for each, figures in list(stats_of_each().items())[:LABELS_MOST]:
                 for name, value in figures.items():
                     if name not in families:
-                        families[name] = _family(kind, name, [kind])
-                    families[name].add_metric([label], value)
+                        families[name] = _family(kind, name, [label])
+                    families[name].add_metric([each], value)
             yield from families.values()
 
 

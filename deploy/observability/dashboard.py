@@ -74,6 +74,15 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         Panel("Redis errors", "ops", ((_rate("ringfort_cache_redis_errors_total"), "errors"),
                                       (_rate("ringfort_cache_redis_timeouts_total"), "timeouts"))),
     )),
+    ("Hot keys", (
+        # Every gateway tells them of all gateways.
+        Panel("Share of all reads, by rank", "percentunit", (
+            ("max by (rank) (ringfort_hot_key_share)", "{{rank}}"),
+            ("sum(max by (rank) (ringfort_hot_key_share))", "the ten together"))),
+        Panel("Reads in the last 30 to 60 s, by rank", "none",
+              (("max by (rank) (ringfort_hot_key_reads)", "{{rank}}"),)),
+        Panel("Kept in process as hot", "none", (("max(ringfort_cache_hot_keys)", "keys"),)),
+    )),
     ("Documents", (
         Panel("Documents", "none", (("ringfort_collection_documents", "{{collection}}"),)),
         Panel("Replication", "none", (("ringfort_collection_lag_positions", "{{collection}} behind"),

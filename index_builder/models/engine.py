@@ -1,7 +1,9 @@
 """The engine: what loads a graph and runs it, with the options that serving and the gate share."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,11 +19,44 @@ class EngineUnavailable(RuntimeError):
     """The device is not here, or the runtime cannot load the graph; the message says which."""
 
 
-class Engine:
-    """One loaded graph; `run` may be called from many threads at once."""
+class Timed:
+    """A second session of a graph, which times its operators while an engine runs on it. See Engine.timed."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session = session
+        self._changed = threading.Condition()
+        self._under_way = 0
+        #: Runs begun.
+        self.runs = 0
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> Any:
+        """What the session answers."""
+        with self._changed:
+            self.runs += 1
+            self._under_way += 1
+        try:
+            return self._session.run(outputs, inputs)
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def trace(self) -> Path:
+        """The runtime's trace, JSON, once what is under way has ended; blocks, and can be asked for once."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way)
+        return Path(self._session.end_profiling())
+
+
+class Engine:
+    """One loaded graph; `run` may be called from many threads at once."""
+
+    def __init__(self, open_session: Callable[[Path | None], onnxruntime.InferenceSession]) -> None:
+        """open_session: makes a session, and where a path is given one that times its operators into it."""
+        self._open_session = open_session
+        self._session = open_session(None)
+        #: What batches are run by: the session, or another one that is timed.
+        self._runs_on: onnxruntime.InferenceSession | Timed = self._session
 
     @classmethod
     def load(
@@ -31,27 +66,44 @@ class Engine:
 
         `auto` takes a GPU where there is one and `precision` is one that it computes. EngineUnavailable.
         """
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Shapes differ from batch to batch: a plan of memory for each of them would only pile up.
-        options.enable_mem_pattern = False
-        # Every error is raised; the runtime need not print it as well.
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         chosen = providers(device, precision, onnxruntime.get_available_providers())
-        try:
-            session = onnxruntime.InferenceSession(
-                graph if isinstance(graph, bytes) else str(graph), options, providers=chosen
-            )
-        except Exception as error:  # the runtime raises plain Exceptions of its own making
-            raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
-        return cls(session)
+
+        def open_session(trace: Path | None) -> onnxruntime.InferenceSession:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+            # Shapes differ from batch to batch: a plan of memory for each of them would only pile up.
+            options.enable_mem_pattern = False
+            # Every error is raised; the runtime need not print it as well.
+            options.log_severity_level = 4
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            if trace is not None:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(trace)
+            try:
+                return onnxruntime.InferenceSession(
+                    graph if isinstance(graph, bytes) else str(graph), options, providers=chosen
+                )
+            except Exception as error:  # the runtime raises plain Exceptions of its own making
+                raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
+
+        return cls(open_session)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The graph's `vectors`, float32 [n, dim], of its inputs by name."""
-        (vectors,) = self._session.run(["vectors"], dict(inputs))
+        (vectors,) = self._runs_on.run(["vectors"], dict(inputs))
         return np.asarray(vectors)
+
+    def timed(self, prefix: Path) -> Timed:
+        """Loads the graph once more, to be timed; its trace will lie at a path that begins so.
+
+        EngineUnavailable.
+        """
+        return Timed(self._open_session(prefix))
+
+    def run_on(self, timed: Timed | None) -> None:
+        """From now on batches are run by this one, or by the engine's own session; what runs goes on."""
+        self._runs_on = self._session if timed is None else timed
 
     def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:
         """The graph's inputs by name: element type as the runtime spells it, and shape."""

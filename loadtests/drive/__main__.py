@@ -8,6 +8,7 @@ so that faults can be made. Ctrl-C ends a run early and keeps what there is of i
 import argparse
 import asyncio
 import json
+import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -225,6 +226,18 @@ def _table(run: Mapping[str, Any]) -> Table:
     return table
 
 
+class _Events(logging.Handler):
+    """Hands on what is logged of servers that are killed and started again."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As of every handler."""
+        self._tell(record.getMessage())
+
+
 class _Screen:
     """Progress for people on stderr; with --json a line of JSON at every turn."""
 
@@ -236,14 +249,24 @@ class _Screen:
             TextColumn("{task.fields[told]}"),
             TimeElapsedColumn(),
         )
+        self._log = _Events(self._tell)
         self._bars = Progress(*columns, console=Console(stderr=True), disable=as_json)
 
     def __enter__(self) -> "_Screen":
         self._bars.start()
+        logging.getLogger().addHandler(self._log)
         return self
 
     def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self._log)
         self._bars.stop()
+
+    def _tell(self, event: str) -> None:
+        """Say that a server ended or is back, without tearing the bars, or as JSON too."""
+        if self._as_json:
+            print(json.dumps({"event": event}), file=sys.stderr, flush=True)
+        else:
+            self._bars.console.print(event, markup=False, highlight=False)
 
     def progress(self, label: str, seconds: float) -> driver.Progress:
         """Where one run tells how far it is."""

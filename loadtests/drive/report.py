@@ -9,6 +9,7 @@ import numpy as np
 from loadtests.drive import result
 from loadtests.drive.tally import QUANTILES, Latencies
 
+FAULT_QUANTILES = ("p50", "p90", "p99", "max")
 #: Of the plot of quantiles: 0 to 99.99%, the tail spread out.
 _TAIL = 1 - np.logspace(0, -4, 60)
 
@@ -64,12 +65,25 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
         lines += [f"**Little can be said of the service: {doubt}.**", ""] if doubt else []
         if run["faults"]:
             lines += _table(
-                ("fault", "target", "from s", "to s"),
+                (
+                    "fault",
+                    "target",
+                    "from s",
+                    "to s",
+                    "due then",
+                    "failed",
+                    *(f"{q} ms" for q in FAULT_QUANTILES),
+                ),
                 [
-                    (f["kind"], f["target"], f"{f['began_s']:.1f}", f"{f['ended_s']:.1f}")
+                    (
+                        *(f["kind"], f["target"], f"{f['began_s']:.1f}", f"{f['ended_s']:.1f}"),
+                        *(f"{f['calls']['due']:,}", f"{f['calls']['failed']:,}"),
+                        *(f"{f['calls'][quantile]:,.1f}" for quantile in FAULT_QUANTILES),
+                    )
                     for f in run["faults"]
                 ],
             )
+            lines += [f"Due then: from its beginning until {result.AFTERMATH_S:g} s after its end.", ""]
         if run["stages"]:
             lines += _table(
                 ("stage", "count", "p50 ms", "p99 ms"),

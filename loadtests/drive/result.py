@@ -9,12 +9,14 @@ from typing import Any
 import msgspec
 
 from loadtests.drive.scenario import Scenario
-from loadtests.drive.tally import OK, Tallies, Tally
+from loadtests.drive.tally import OK, SERIES_DIGITS, Latencies, Tallies, Tally
 
 #: Of the file; a reader refuses another.
-FORMAT = 1
+FORMAT = 2
 #: A driver that sends later than this (p99) measures the machine it shares, or itself.
 LATE_MS = 5.0
+#: What is due so long after a fault still has to do with it: a killed server has to come back.
+AFTERMATH_S = 3.0
 
 
 class ResultRefused(ValueError):
@@ -55,9 +57,18 @@ class Measured:
                 }
                 for number, second in sorted(self.tallies.seconds.items())
             ],
-            "faults": list(self.faults),
+            "faults": [{**fault, "calls": self._due_during(fault)} for fault in self.faults],
             "stages": dict(self.stages),
         }
+
+    def _due_during(self, fault: Mapping[str, Any]) -> dict[str, float]:
+        """What became of the calls that were due while a fault lasted, and right after it."""
+        due, failed = Latencies(SERIES_DIGITS), 0
+        for number, second in self.tallies.seconds.items():
+            if int(fault["began_s"]) <= number < fault["ended_s"] + AFTERMATH_S:
+                due.merge(second.latency)
+                failed += second.failed
+        return {"due": due.count, "failed": failed, **due.told()}
 
     def _operation(self, tally: Tally) -> dict[str, Any]:
         return {

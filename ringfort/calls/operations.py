@@ -88,6 +88,12 @@ def rollback_model(name: str) -> Call[pb.Model, pb.Model]:
     return Call("ModelService/Rollback", request, pb.Model, whole, repeatable=False)
 
 
+def profile_model(model: str, seconds: int) -> Call[pb.ProfileModelResponse, pb.ProfileModelResponse]:
+    """Times the operators of a model over what others ask of it, for so many seconds at most."""
+    request = pb.ProfileModelRequest(model=model, seconds=seconds)
+    return Call("ModelService/Profile", request, pb.ProfileModelResponse, whole, repeatable=False)
+
+
 def cluster() -> Call[pb.DescribeResponse, pb.DescribeResponse]:
     """The service's release, limits, parts, and the state of every replica."""
     return Call("ClusterService/Describe", pb.DescribeRequest(), pb.DescribeResponse, whole)

@@ -14,6 +14,9 @@ import typer
 
 from ringfort.commands.options import Json, Server
 
+#: Rows of a model's table.
+OPERATORS = 10
+
 
 class Form(StrEnum):
     """How a profile is drawn."""
@@ -75,6 +78,12 @@ def profile(
     native: Annotated[
         bool, typer.Option("--native", help="Also the C of FAISS, ONNX Runtime and gRPC; slower.")
     ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Time the operators of a model in ONNX Runtime in place of that.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(metavar="NAME[@VERSION]", help="With --onnx.", show_default="the default model")
+    ] = "",
     pid: Annotated[
         int | None,
         typer.Option(
@@ -84,7 +93,13 @@ def profile(
     server: Server = None,
     json: Json = False,
 ) -> None:
-    """Sample a service of this machine with py-spy, all threads, and draw where its time goes."""
+    """Sample a service of this machine with py-spy, all threads, and draw where its time goes.
+
+    With --onnx the service itself times the operators of a model, over the next batches that others ask for.
+    """
+    if onnx:
+        _operators(server, model, seconds, out, json)
+        return
     from ringfort import terminal
     from ringfort.channel import server_address
     from ringfort.errors import FailedPrecondition
@@ -103,6 +118,30 @@ def profile(
         terminal.print_json({"profile": str(path), "pid": process, "seconds": seconds})
     else:
         terminal.console().print(f"{path}: {seconds} s of process {process}", soft_wrap=True)
+
+
+def _operators(server: str | None, model: str, seconds: int, out: Path | None, as_json: bool) -> None:
+    """The trace of a model into a file, and its costliest operators as a table."""
+    import gzip
+
+    from ringfort import tables, terminal
+    from ringfort.calls.operations import profile_model
+    from ringfort.operators import costliest
+
+    answer = terminal.ask(server, profile_model(model, seconds), timeout_s=seconds + 30)
+    path = out or Path(f"profile-{answer.model}.json")
+    path.write_bytes(gzip.decompress(answer.trace))
+    told = costliest(answer.trace, OPERATORS)
+    if as_json:
+        rows = [each._asdict() for each in told]
+        terminal.print_json(
+            {"profile": str(path), "model": answer.model, "runs": answer.runs, "operators": rows}
+        )
+        return
+    if not answer.runs:
+        terminal.console(stderr=True).print(f"nothing was asked of {answer.model} within {seconds} s")
+    terminal.console().print(f"{path}: {answer.runs} batches of {answer.model}", soft_wrap=True)
+    terminal.show(tables.operators(told))
 
 
 def _py_spy() -> str:

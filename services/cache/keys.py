@@ -17,6 +17,8 @@ COPY_PREFIX = b"rf1+"
 #: Where gateways tell each other what is hot.
 HOT_KEYS = b"rf1:h"
 LEASE_PREFIX = b"rf1:l:"
+#: All leases lie in so few slots of a Cluster, so that many of them are few calls there.
+LEASE_SLOTS = 16
 
 
 def _told(*parts: bytes) -> bytes:
@@ -80,7 +82,8 @@ def answer_keys(
 
 def lease_key(key: bytes, position: int) -> bytes:
     """The name of the right to compute what a key stands for, as of at least a position of the log."""
-    return LEASE_PREFIX + _digest(key, b"%d" % position)
+    digest = _digest(key, b"%d" % position)
+    return LEASE_PREFIX + b"{%d}" % (digest[0] % LEASE_SLOTS) + digest
 
 
 class Named(NamedTuple):

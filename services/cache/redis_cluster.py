@@ -20,7 +20,7 @@ from services.cache.reads import NOTHING, Values
 from services.cache.redis_tier import CONNECTIONS, RedisTier, described, wait
 from services.cache.redis_url import CONNECT_TIMEOUT_MS, RedisUrl
 from services.cache.server import ClusterServer
-from services.cache.slots import Address, SlotTable
+from services.cache.slots import Address, SlotTable, slot_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,19 @@ class RedisCluster:
         if node is None:
             raise RedisConnectionError("no server of the cluster is known to own the key's slot")
         return await node.run(key, *command)
+
+    async def evaluate(self, script: str, keys: Sequence[bytes], *arguments: Any) -> bytes:
+        """As of any second tier; a call for each slot, as none may have keys of two."""
+        slots: dict[int, list[bytes]] = {}
+        for key in keys:
+            slots.setdefault(slot_of(key), []).append(key)
+        told = await asyncio.gather(
+            *(self.run(mine[0], "EVAL", script, len(mine), *mine, *arguments) for mine in slots.values())
+        )
+        said: dict[bytes, int] = {}
+        for mine, reply in zip(slots.values(), told, strict=True):
+            said.update(zip(mine, reply, strict=True))
+        return bytes(said[key] for key in keys)
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """From now on these keys have copies in several slots."""

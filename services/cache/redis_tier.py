@@ -18,7 +18,7 @@ from services.cache.background import start
 from services.cache.breaker import Breaker
 from services.cache.commands import Commands
 from services.cache.health import Health
-from services.cache.reads import LANES, Reads, Values
+from services.cache.reads import LANES, MAX_BATCH_KEYS, Reads, Values
 from services.cache.redis_url import CONNECT_TIMEOUT_MS
 from services.cache.server import Server
 from services.cache.survey import Survey
@@ -49,6 +49,9 @@ class SecondTier(Protocol):
 
     async def run(self, key: bytes, *command: Any) -> Any:
         """The reply to a command on that key, within op_timeout_ms; RedisError or OSError for none."""
+
+    async def evaluate(self, script: str, keys: Sequence[bytes], *arguments: Any) -> bytes:
+        """What a script says of its keys, a byte for each, treating each by itself; errors as of `run`."""
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """These keys are asked for most, by all gateways together."""
@@ -118,6 +121,14 @@ class RedisTier:
     async def run(self, key: bytes, *command: Any) -> Any:
         """As of any second tier."""
         return await self._commands.run(*command)
+
+    async def evaluate(self, script: str, keys: Sequence[bytes], *arguments: Any) -> bytes:
+        """As of any second tier; many keys are a few calls, so that none holds up who comes behind it."""
+        pieces = [keys[i : i + MAX_BATCH_KEYS] for i in range(0, len(keys), MAX_BATCH_KEYS)]
+        replies = await asyncio.gather(
+            *(self._commands.run("EVAL", script, len(piece), *piece, *arguments) for piece in pieces)
+        )
+        return b"".join(replies)
 
     def spread(self, hot: frozenset[bytes]) -> None:
         """On one server they all lie together anyway."""

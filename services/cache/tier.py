@@ -2,14 +2,14 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
 from services.cache.exchange import Exchange
 from services.cache.frame import seal
-from services.cache.hot_keys import HotKey
+from services.cache.hot_keys import TOLD, HotKey
 from services.cache.leases import Leases
 from services.cache.policy import S3Fifo, entry_bytes
 from services.cache.redis_cluster import RedisCluster
@@ -20,6 +20,8 @@ from services.cache.writes import MAX_VALUE_BYTES
 
 logger = logging.getLogger(__name__)
 
+#: Hot keys with figures in the metrics.
+RANKS = 10
 #: The line of a tier of which there is nothing to tell.
 _NOTHING: dict[str, int | str] = {
     "name": "REDIS",
@@ -151,6 +153,10 @@ class CacheTier:
         """The value in Redis, by now, of a key that was missed; not counted as another read."""
         return (await self._redis.fetch([key])).get(key) if self._redis else None
 
+    async def look_behind_many(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        """The values in Redis, by now, of keys that were missed, by key; not counted as other reads."""
+        return await self._redis.fetch(keys) if self._redis else {}
+
     async def publish(self, key: bytes, value: bytes, *, ttl_s: float) -> None:
         """As `put_many` for one value, and Redis has it on return, if it can have it at all."""
         if self._redis is None or len(value) > MAX_VALUE_BYTES:
@@ -179,6 +185,18 @@ class CacheTier:
     def hot_keys(self, count: int) -> list[HotKey]:
         """What is asked for most over all gateways, most asked first."""
         return self.exchange.most_asked(count)
+
+    def stats_of_hottest(self) -> dict[str, dict[str, float]]:
+        """The keys asked for most, by rank from 1: how often at least, and which part of all reads that is.
+
+        Of the last one to two windows, over all gateways, so every gateway tells the same; of a key nothing
+        else is told.
+        """
+        hottest = self.hot_keys(TOLD)[:RANKS]
+        return {
+            str(rank): {"reads": each.count, "share": each.share}
+            for rank, each in enumerate(hottest, start=1)
+        }
 
     def _treat_as_hot(self, hot: frozenset[bytes]) -> None:
         """Pinned in L1 and spread over slots from now on."""

@@ -12,11 +12,13 @@ from enum import StrEnum
 
 import numpy as np
 
+from index_builder.models.engine import EngineUnavailable
 from index_builder.models.manifest import ModelManifest
 from index_builder.models.tokenizer import padded
 from services.deadline import Deadline
 from services.embedder.batching import Infer, Row, Tokenize, WaitingTexts
 from services.embedder.onnx_model import OnnxModel
+from services.embedder.profiling import Profile, profile
 from services.telemetry import stage
 from shard_router.errors import DeadlineExceeded, EmbedderUnavailable, InvalidField, Overloaded, RingfortError
 
@@ -174,6 +176,13 @@ class Embedder:
         embedded = call.answer()
         embedded.tell_stages()
         return embedded
+
+    async def profile(self, seconds: float) -> Profile:
+        """Which operators take the time of the next batches, for so long at most; EmbedderUnavailable."""
+        try:
+            return await profile(self._model.engine, seconds)
+        except EngineUnavailable as error:
+            raise EmbedderUnavailable(self.manifest.model, str(error)) from error
 
     async def close(self) -> None:
         """Fail what waits, finish what runs, end the threads."""

@@ -13,6 +13,7 @@ from index_builder.models.engine import Engine, EngineUnavailable
 from index_builder.models.manifest import GRAPH_FILE, ImageInput, ModelManifest
 from index_builder.models.pictures import INSTALL_COMMAND, PictureRefused, can_decode, prepared
 from services.deadline import Deadline
+from services.embedder.profiling import Profile, profile
 from shard_router.errors import DeadlineExceeded, EmbedderUnavailable, InvalidField, Overloaded
 
 #: Pictures of one call that are run together; a worker turns to the next call's after so many.
@@ -103,6 +104,13 @@ class ImageEmbedder:
             sum(part.decode_ms for part in done),
             sum(part.inference_ms for part in done),
         )
+
+    async def profile(self, seconds: float) -> Profile:
+        """Which operators take the time of the next batches, for so long at most; EmbedderUnavailable."""
+        try:
+            return await profile(self._engine, seconds)
+        except EngineUnavailable as error:
+            raise EmbedderUnavailable(self.manifest.model, str(error)) from error
 
     async def close(self) -> None:
         """Cancel what waits, finish what runs, end the threads."""

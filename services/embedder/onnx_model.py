@@ -14,7 +14,7 @@ class OnnxModel:
     def __init__(self, manifest: ModelManifest, engine: Engine, tokenizer: Tokenizer) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
-        self._engine = engine
+        self.engine = engine
 
     @classmethod
     def load(cls, manifest: ModelManifest, *, threads: int, device: str = "cpu") -> "OnnxModel":
@@ -36,4 +36,4 @@ class OnnxModel:
 
     def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [n, dim] of right-padded token ids and their mask, int64 [n, t] each."""
-        return self._engine.run({"input_ids": ids, "attention_mask": mask})
+        return self.engine.run({"input_ids": ids, "attention_mask": mask})

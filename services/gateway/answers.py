@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,6 +200,47 @@ class Answers:
             return await self._cache.leases.run(lease, find, make, deadline)
 
         return await self._flights.run((name, position, question.min_coverage), lead)
+
+    async def once_many(
+        self,
+        served: Served,
+        names: Sequence[bytes],
+        compute: Callable[[Sequence[int]], Awaitable[Sequence[Computed]]],
+        at_least: int,
+        deadline: Deadline,
+        *,
+        lease: bool = True,
+    ) -> Sequence[Cached | Computed]:
+        """The answers of those names, no two alike; what `compute` makes, given places among them, is kept.
+
+        With `lease`, and where other gateways use the same Redis, what another call is computing, there or
+        here, is waited for once all the rest has been computed.
+        """
+        known = self._known(served)
+
+        async def make(places: Sequence[int]) -> Sequence[Cached | Computed]:
+            made = await compute(places)
+            self.keep(served, [(names[place], each) for place, each in zip(places, made, strict=True)])
+            return made
+
+        if not lease or known is None or not self._cache.shared:
+            return await make(range(len(names)))
+        position = known[served.log_id]
+
+        async def find(places: Sequence[int]) -> Mapping[int, Cached | Computed]:
+            values = await self._cache.look_behind_many([names[place] for place in places])
+            found: dict[int, Cached | Computed] = {}
+            for place in places:
+                value = values.get(names[place])
+                entry = AnswerEntry.decode(value) if value is not None else None
+                if entry is not None and includes(entry, {served.log_id: max(position, at_least)}):
+                    found[place] = Cached(entry.body, pb.REDIS)
+            return found
+
+        return await self._cache.leases.run_many(
+            [keys.lease_key(name, position) for name in names], find, make, deadline,
+            soon=lambda made: isinstance(made, Computed) and made.complete,
+        )  # fmt: skip
 
     def refresh(self, served: Served, question: Question) -> bool:
         """Compute an answer anew behind the callers' backs; False where that is under way or too much is."""

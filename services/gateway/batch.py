@@ -11,7 +11,7 @@ from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
 from services.deadline import Deadline
-from services.gateway.answers import Answers, Computed
+from services.gateway.answers import Answers, Cached, Computed
 from services.gateway.catalog import Catalog, Served
 from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_mode, check_share
@@ -78,18 +78,34 @@ class BatchRetrieval:
             bodies = [None if row is None else row.body for row in cached]
             missing = [i for i, body in enumerate(bodies) if body is None]
             asked = answered = len(served.shard_map.shards)
-            if missing:
-                rest = queries if len(missing) == len(queries) else _picked(queries, missing)
-                found = await self._search(served, request, model, rest, k, deadline, timings)
-                asked, answered = found.asked, found.answered
-                made = [_computed(found, hits, timings) for hits in found.hits]
-                for i, computed in zip(missing, made, strict=True):
-                    bodies[i] = computed.body
-                self._answers.keep(served, [(names[i], m) for i, m in zip(missing, made, strict=True)])
-            response = _packed([_ROW.decode(body) for body in bodies if body is not None], k)
             tiers = [pb.INDEX if row is None else row.served_from for row in cached]
+            if missing:
+                # Rows that are alike are one.
+                places: dict[bytes, list[int]] = {}
+                for i in missing:
+                    places.setdefault(names[i], []).append(i)
+                rows = list(places.values())
+
+                async def compute(wanted: Sequence[int]) -> Sequence[Computed]:
+                    nonlocal asked, answered
+                    whole = len(wanted) == len(queries)
+                    rest = queries if whole else _picked(queries, [rows[place][0] for place in wanted])
+                    found = await self._search(served, request, model, rest, k, deadline, timings)
+                    if found.answered * asked <= answered * found.asked:
+                        asked, answered = found.asked, found.answered
+                    return [_computed(found, hits, timings) for hits in found.hits]
+
+                # Another gateway's vector is searched for again in less time than it takes to ask for it.
+                made = await self._answers.once_many(
+                    served, list(places), compute, at_least, deadline, lease=model is not None
+                )
+                for same, row in zip(rows, made, strict=True):
+                    for i in same:
+                        bodies[i] = row.body
+                        tiers[i] = row.served_from if isinstance(row, Cached) else pb.INDEX
+            response = _packed([_ROW.decode(body) for body in bodies if body is not None], k)
             response.row_served_from.extend(tiers)
-            if not missing:
+            if pb.INDEX not in tiers:
                 response.served_from = pb.REDIS if pb.REDIS in tiers else pb.L1
         self._retrieval.provenance(served, response, model)
         response.coverage.shards_asked, response.coverage.shards_answered = asked, answered

@@ -12,6 +12,7 @@ import numpy as np
 
 from services.cache import keys
 from services.cache.envelope import EmbeddingEntry
+from services.cache.single_flight import SingleFlight
 from services.cache.tier import CacheTier
 from services.cache.worth import Worth
 from services.deadline import Deadline
@@ -50,6 +51,7 @@ class Embeddings:
         self._ttl_s = ttl_s
         self._max_text_bytes = max_text_bytes
         self._redis = Worth(LEAST_FOUND)
+        self._flights = SingleFlight()
 
     def check_texts(self, texts: Sequence[str], field: str, *, truncate: bool) -> list[str]:
         """Texts within the byte limit; a longer one is cut where `truncate` says so, else InvalidField."""
@@ -68,9 +70,19 @@ class Embeddings:
         return raw[:limit].decode(errors="ignore")
 
     async def embed(
-        self, texts: Sequence[str], input_type: InputType, deadline: Deadline, *, use_cache: bool = True
+        self,
+        texts: Sequence[str],
+        input_type: InputType,
+        deadline: Deadline,
+        *,
+        use_cache: bool = True,
+        lease: bool = False,
     ) -> Vectors:
-        """A vector for every text, in order; equal texts are computed once."""
+        """A vector for every text, in order; equal texts are computed once.
+
+        With `lease`, and where other gateways use the same Redis, what another call is computing, there or
+        here, is waited for once all the rest has been computed: for callers of whom nobody else sees to that.
+        """
         if not use_cache:
             return self._fresh(await self.embedder.embed(texts, input_type, deadline))
         began = time.perf_counter()
@@ -85,6 +97,16 @@ class Embeddings:
                 missing.setdefault(name, []).append(i)
         if not missing:
             return self._merged(names, known, cache_ms)
+        if lease and far and self._cache.shared:
+            by_name = {name: texts[rows[0]] for name, rows in missing.items()}
+
+            async def leased() -> Vectors:
+                found, made = await self._leased(by_name, input_type, deadline)
+                made_rows = [missing[name] for name in by_name if name not in found]
+                return self._merged(names, {**known, **found}, cache_ms, made_rows, made)
+
+            # A crowd that wants one text asks Redis for it once.
+            return await (self._flights.run(names[0], leased) if len(names) == 1 else leased())
         if len(missing) == len(names):
             made = await self.embedder.embed(texts, input_type, deadline)
             self._keep(names, made, far=far)
@@ -94,6 +116,37 @@ class Embeddings:
         self._keep(list(missing), made, far=far)
         return self._merged(names, known, cache_ms, list(missing.values()), made)
 
+    async def _leased(
+        self, texts: Mapping[bytes, str], input_type: InputType, deadline: Deadline
+    ) -> tuple[dict[bytes, EmbeddingEntry], Embedded | None]:
+        """What other calls made of these texts meanwhile, by name, and the rest, in order, made here."""
+        names = list(texts)
+        made: list[tuple[Sequence[int], Embedded]] = []
+
+        async def find(places: Sequence[int]) -> Mapping[int, EmbeddingEntry | None]:
+            values = await self._cache.look_behind_many([names[place] for place in places])
+            entries = {place: self._entry(values.get(names[place])) for place in places}
+            return {place: entry for place, entry in entries.items() if entry is not None}
+
+        async def make(places: Sequence[int]) -> Sequence[EmbeddingEntry | None]:
+            mine = [names[place] for place in places]
+            embedded = await self.embedder.embed([texts[name] for name in mine], input_type, deadline)
+            self._keep(mine, embedded, far=True)
+            made.append((places, embedded))
+            return [None] * len(mine)
+
+        leases = [keys.lease_key(name, 0) for name in names]
+        entries = await self._cache.leases.run_many(
+            leases, find, make, deadline, soon=lambda entry: entry is None
+        )
+        found = {name: entry for name, entry in zip(names, entries, strict=True) if entry is not None}
+        return found, _joined(made)
+
+    def _entry(self, value: bytes | None) -> EmbeddingEntry | None:
+        """What a cache holds, if it is a vector of this model."""
+        entry = None if value is None else EmbeddingEntry.decode(value)
+        return entry if entry is not None and len(entry.vector) == 4 * self.manifest.dim else None
+
     async def _look_up(self, names: Sequence[bytes], *, far: bool) -> dict[bytes, EmbeddingEntry]:
         """What the cache knows, by name; Redis is asked only with `far`."""
         known: dict[bytes, EmbeddingEntry] = {}
@@ -101,10 +154,8 @@ class Embeddings:
         for name, found in zip(names, await self._cache.get_many(names, far=far), strict=True):
             if found is None or found.tier != "L1":
                 looked.append(name)
-            if found is not None:
-                entry = EmbeddingEntry.decode(found.value)
-                if entry is not None and len(entry.vector) == 4 * self.manifest.dim:
-                    known[name] = entry
+            if found is not None and (entry := self._entry(found.value)) is not None:
+                known[name] = entry
         if far:
             self._redis.count(looked, known)
         return known
@@ -142,3 +193,19 @@ class Embeddings:
         none = np.zeros(len(made.tokens), bool)
         times = (made.queue_ms, made.tokenize_ms, made.inference_ms)
         return Vectors(made.vectors, made.tokens, made.truncated, none, *times, cache_ms)
+
+
+def _joined(made: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded | None:
+    """What was made at several times of some places each, in order of the places; None for nothing."""
+    if len(made) <= 1:
+        return made[0][1] if made else None
+    parts = [part for _, part in made]
+    order = np.argsort([place for places, _ in made for place in places])
+    return Embedded(
+        np.concatenate([part.vectors for part in parts])[order],
+        np.concatenate([part.tokens for part in parts])[order],
+        np.concatenate([part.truncated for part in parts])[order],
+        sum(part.queue_ms for part in parts),
+        sum(part.tokenize_ms for part in parts),
+        sum(part.inference_ms for part in parts),
+    )

@@ -15,6 +15,7 @@ from index_builder.segments.index_spec import DEFAULT_EFFORT, Effort
 from services.deadline import Deadline
 from services.embedder.embedder import Embedded, InputType
 from services.embedder.images import EmbeddedImages
+from services.embedder.profiling import Profile
 from services.shard.layout import SegmentStatus
 from services.shard.rendering import RenderedHits
 from services.shard.replica import ShardAnswer
@@ -149,6 +150,9 @@ class EmbedderEndpoint(Protocol):
     async def embed(self, texts: Sequence[str], input_type: InputType, deadline: Deadline) -> Embedded:
         """A vector for each text, in order."""
 
+    async def profile(self, seconds: float) -> Profile:
+        """Which operators take the time of its next batches."""
+
     async def close(self) -> None:
         """Ask it nothing more."""
 
@@ -163,6 +167,9 @@ class ImageEmbedderEndpoint(Protocol):
 
     async def embed(self, images: Sequence[bytes], deadline: Deadline) -> EmbeddedImages:
         """A vector for each encoded picture, in order."""
+
+    async def profile(self, seconds: float) -> Profile:
+        """Which operators take the time of its next batches."""
 
     async def close(self) -> None:
         """Ask it nothing more."""

@@ -31,7 +31,8 @@ from services import status
 from services.config import GatewaySettings
 from services.deadline import Deadline
 from services.gateway.admission import Admission
-from services.gateway.server import DEFAULT_TENANT, PortTaken, tenant_of
+from services.gateway.callers import ANYBODY, Caller, Callers
+from services.gateway.server import PortTaken
 from services.gateway.servicers import Call, EmbeddingService, SearchService
 from services.telemetry import Telemetry
 from services.trace import current_id
@@ -71,6 +72,7 @@ class Http:
     ) -> None:
         """`ready` says what is missing, or nothing."""
         self._settings = settings
+        self._callers = Callers(settings.api_keys, settings.operator_keys)
         self._tracing = tracing
         self._embedding = embedding
         self._search = search
@@ -114,11 +116,11 @@ class Http:
             traced = None if tracing is None else tracing.begin(f"http_{name}", request.headers.items())
             try:
                 body = await self._body(request)
-                key, tenant = self._caller(request)
-                self._admission.enter(key, time.monotonic())
+                caller = self._caller(request)
+                self._admission.enter(caller.key, time.monotonic())
                 try:
                     deadline = Deadline.after(self._settings.default_timeout_s)
-                    return JSONResponse(await answer(body, Call(tenant, deadline)))
+                    return JSONResponse(await answer(body, Call(caller.tenant, deadline)))
                 finally:
                     self._admission.leave()
             except RingfortError as error:
@@ -155,14 +157,14 @@ class Http:
             raise InvalidField("body", "is not a JSON object")
         return body
 
-    def _caller(self, request: Request) -> tuple[str, str]:
-        if not self._settings.api_keys:
-            return "", DEFAULT_TENANT
+    def _caller(self, request: Request) -> Caller:
+        if self._callers.open:
+            return ANYBODY
         given = request.headers.get("x-api-key", "")
         authorization = request.headers.get("authorization", "")
         if not given and authorization.lower().startswith("bearer "):
             given = authorization[7:]
-        return given, tenant_of(self._settings.api_keys, given)
+        return self._callers.of(given)
 
     async def _embeddings(self, body: dict[str, Any], call: Call) -> dict[str, Any]:
         texts = body.get("input")

@@ -17,6 +17,7 @@ from shard_router.errors import AlreadyExists, InvalidField, NotFound, Precondit
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,127}")
 VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+MAX_PROFILE_S = 60
 STATES = {
     ModelState.STAGED: pb.Model.STAGED,
     ModelState.CANARY: pb.Model.CANARY,
@@ -96,6 +97,16 @@ class ModelService:
         if manifest.name in (*RESERVED, self._models.default.name):
             raise AlreadyExists("model", manifest.name)
         return manifest
+
+    async def Profile(self, request: pb.ProfileModelRequest, call: Call) -> pb.ProfileModelResponse:
+        """Time each operator of a model over what others ask of it meanwhile."""
+        if not 1 <= request.seconds <= MAX_PROFILE_S:
+            raise InvalidField("seconds", f"{request.seconds} is not between 1 and {MAX_PROFILE_S}")
+        if request.seconds >= call.deadline.left_s():
+            raise InvalidField("seconds", f"{request.seconds} is more than the call's own time")
+        manifest = self._models.resolve(request.model)
+        made = await self._models.profile(manifest, request.seconds, call.deadline)
+        return pb.ProfileModelResponse(model=manifest.model, runs=made.runs, trace=made.trace)
 
     async def List(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
         default, registered = self._models.default, self._models.registered()

@@ -20,6 +20,7 @@ from index_builder.models.reduction import Reduction, truncated
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.embedder.images import EmbeddedImages
+from services.embedder.profiling import Profile
 from services.gateway.embeddings import Embeddings, Vectors
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint
 from services.gateway.traffic import Canary
@@ -89,6 +90,7 @@ class Models:
         #: Models are loaded one at a time, so that room made for one is not taken by another.
         self._making_room = asyncio.Lock()
         self._loads = self._evictions = self._failures = 0
+        self._profiling = False
 
     @property
     def default(self) -> ModelManifest:
@@ -199,22 +201,26 @@ class Models:
         *,
         dim: int = 0,
         use_cache: bool = True,
+        lease: bool = False,
     ) -> Vectors:
         """A vector for every text, in order, by a model that is loaded where it is not yet.
 
-        `dim` is a length that the model declares, 0 its own. Overloaded where neither the queue nor the
-        memory has room; EmbedderUnavailable where the model's files are gone; DeadlineExceeded.
+        `dim` is a length that the model declares, 0 its own; `lease` as of Embeddings. Overloaded where
+        neither the queue nor the memory has room; EmbedderUnavailable where the model's files are gone;
+        DeadlineExceeded.
         """
         if manifest.image is not None:
             raise InvalidField("texts", f"model {manifest.model} takes images")
         if manifest.variant == self.default.variant:
-            made = await self._default.embed(texts, input_type, deadline, use_cache=use_cache)
+            made = await self._default.embed(texts, input_type, deadline, use_cache=use_cache, lease=lease)
         else:
             held = await self._hold(manifest, deadline)
             assert held.embeddings is not None, "a model of texts has a cache before it"
             held.in_use += 1
             try:
-                made = await held.embeddings.embed(texts, input_type, deadline, use_cache=use_cache)
+                made = await held.embeddings.embed(
+                    texts, input_type, deadline, use_cache=use_cache, lease=lease
+                )
             finally:
                 held.in_use -= 1
         if dim in (0, manifest.dim):
@@ -248,6 +254,29 @@ class Models:
         return await self.embed(
             self.of(collection), texts, input_type, deadline, dim=collection.dim, use_cache=use_cache
         )
+
+    async def profile(self, manifest: ModelManifest, seconds: float, deadline: Deadline) -> Profile:
+        """Which operators take the time of the next batches of a model, for so long at most.
+
+        Its graph is loaded once more for that: Overloaded where there is no room for it beside what is in
+        use. PreconditionFailed while one is profiled already; the errors of `embed`.
+        """
+        if self._profiling:
+            raise PreconditionFailed("a model is being profiled already")
+        self._profiling = True
+        try:
+            if manifest.variant == self.default.variant:
+                await self._make_room_for(self.default)
+                return await self._default.embedder.profile(seconds)
+            held = await self._hold(manifest, deadline)
+            held.in_use += 1
+            try:
+                await self._make_room_for(manifest)
+                return await held.embedder.profile(seconds)
+            finally:
+                held.in_use -= 1
+        finally:
+            self._profiling = False
 
     async def load(self, manifest: ModelManifest, deadline: Deadline) -> None:
         """Have a model loaded before anybody waits for it; the errors of `embed`."""
@@ -336,6 +365,10 @@ class Models:
             if fetched.variant != manifest.variant:
                 raise ArtifactRefused(f"{artifact}: holds another model than was registered") from None
             return fetched
+
+    async def _make_room_for(self, manifest: ModelManifest) -> None:
+        async with self._making_room:
+            await self._make_room((manifest.directory / GRAPH_FILE).stat().st_size)
 
     async def _make_room(self, graph_bytes: int) -> None:
         """Give up idle models until there is room; Overloaded where those in use leave too little."""

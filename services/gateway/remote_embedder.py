@@ -16,9 +16,10 @@ from services.deadline import Deadline
 from services.embedder.embedder import Embedded, InputType, text_size
 from services.embedder.images import EmbeddedImages
 from services.embedder.node import embedded_from, images_from
+from services.embedder.profiling import Profile
 from services.gateway.coalescer import Coalescer
 from services.peers import Peer
-from shard_router.errors import EmbedderUnavailable, Unavailable
+from shard_router.errors import EmbedderUnavailable, NotImplementedHere, Unavailable
 
 if TYPE_CHECKING:
     from protos.ringfort.internal.v1.embedder_node_pb2_grpc import EmbedderNodeAsyncStub
@@ -134,6 +135,10 @@ class RemoteEmbedder:
         embedded.tell_stages()
         return embedded
 
+    async def profile(self, seconds: float) -> Profile:
+        """Not told: a model's processes are several, each with times of its own."""
+        raise NotImplementedHere("profiling a model that runs on processes of its own")
+
     async def close(self) -> None:
         """Ask them nothing more."""
         self._closed = True
@@ -192,6 +197,10 @@ class RemoteImageEmbedder:
             return await stub.EmbedImages(request, timeout=left_s, metadata=peer.metadata)
 
         return images_from(await self._replicas.ask(len(images), deadline, embed), self.manifest.dim)
+
+    async def profile(self, seconds: float) -> Profile:
+        """Not told: a model's processes are several, each with times of its own."""
+        raise NotImplementedHere("profiling a model that runs on processes of its own")
 
     async def close(self) -> None:
         """Ask them nothing more."""

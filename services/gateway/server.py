@@ -32,12 +32,13 @@ from services import status
 from services.config import GatewaySettings
 from services.deadline import Deadline
 from services.gateway.admission import Admission
+from services.gateway.callers import ANYBODY, OPERATORS_ONLY, Caller, Callers
 from services.gateway.servicers import Call
 from services.gateway.transport import Transport, left_s
 from services.telemetry import Telemetry
 from services.trace import current_id
 from services.tracing import Tracing
-from shard_router.errors import InvalidField, NotImplementedHere, RingfortError, Unauthenticated
+from shard_router.errors import InvalidField, NotImplementedHere, PermissionDenied, RingfortError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,6 @@ FILES = (
 SERVICES: dict[str, ServiceDescriptor] = {
     name: descriptor for file in FILES for name, descriptor in file.DESCRIPTOR.services_by_name.items()
 }
-DEFAULT_TENANT = "default"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -71,6 +71,7 @@ class Server:
         self._settings = settings
         self._telemetry = telemetry
         self._admission = admission
+        self._callers = Callers(settings.api_keys, settings.operator_keys)
         self._health = health.aio.HealthServicer()
         self._linger_s = transport.linger_s
         self._server = transport.make(
@@ -154,12 +155,19 @@ class Server:
         if answer is None:
             answer = _streaming_refusal(method) if method.server_streaming else _refusal(method)
         wrap = self._streaming if method.server_streaming else self._unary
+        if method.name in OPERATORS_ONLY.get(method.containing_service.name, ()):
+            wrap = functools.partial(self._unary, operators_only=True)
         parse = functools.partial(_parse, request_type)
         # Parsed behind the wrapper: what gRPC cannot deserialize it answers with UNKNOWN.
         return make(wrap(method.name, parse, answer), request_deserializer=None, response_serializer=None)
 
     def _unary(
-        self, name: str, parse: Callable[[bytes], Any], answer: Callable[[Any, Call], Any]
+        self,
+        name: str,
+        parse: Callable[[bytes], Any],
+        answer: Callable[[Any, Call], Any],
+        *,
+        operators_only: bool = False,
     ) -> Callable[[bytes, Context], Any]:
         method, tracing = self._telemetry.methods.method(name), self._tracing
         default_s = self._settings.default_timeout_s
@@ -171,10 +179,12 @@ class Server:
             entered = False
             traced = None if tracing is None else tracing.begin(name, context.invocation_metadata() or ())
             try:
-                key, tenant = self._caller(context)
-                self._admission.enter(key, began)
+                caller = self._caller(context)
+                self._admission.enter(caller.key, began)
                 entered = True
-                call = Call(tenant, Deadline(began + left_s(context, default_s)))
+                if operators_only and not caller.operator:
+                    raise PermissionDenied(f"{name} needs an operator's key")
+                call = Call(caller.tenant, Deadline(began + left_s(context, default_s)))
                 return _serialized(await answer(parse(request), call))
             except Exception as error:
                 refused, message, details = self._told(name, error)
@@ -207,10 +217,10 @@ class Server:
             entered = False
             traced = None if tracing is None else tracing.begin(name, context.invocation_metadata() or ())
             try:
-                key, tenant = self._caller(context)
-                self._admission.enter(key, began)
+                caller = self._caller(context)
+                self._admission.enter(caller.key, began)
                 entered = True
-                call = Call(tenant, Deadline(began + left_s(context, STREAM_TIMEOUT_S)))
+                call = Call(caller.tenant, Deadline(began + left_s(context, STREAM_TIMEOUT_S)))
                 asked = parse(requests) if isinstance(requests, bytes) else parsed(requests)
                 responses = answer(asked, call)
                 async with contextlib.aclosing(responses):  # type: ignore[type-var]  # async generators all
@@ -241,30 +251,21 @@ class Server:
         details = status.trailing_metadata(RingfortError("internal error")) if current_id() else ()
         return grpc.StatusCode.INTERNAL, "internal error; the server's log has the reason", details
 
-    def _caller(self, context: Context) -> tuple[str, str]:
-        """The call's key and tenant; Unauthenticated where keys are asked for and none fits."""
-        keys = self._settings.api_keys
-        if not keys:
-            return "", DEFAULT_TENANT
+    def _caller(self, context: Context) -> Caller:
+        """Who calls; Unauthenticated where keys are asked for and none fits."""
+        if self._callers.open:
+            return ANYBODY
         given = ""
         for name, value in context.invocation_metadata() or ():
             if name == "x-api-key":
                 given = str(value)
             elif name == "authorization" and str(value).lower().startswith("bearer "):
                 given = str(value)[7:]
-        return given, tenant_of(keys, given)
+        return self._callers.of(given)
 
 
 #: A stream without a deadline of its own may go on this long.
 STREAM_TIMEOUT_S = 24 * 3600.0
-
-
-def tenant_of(keys: Mapping[str, str], given: str) -> str:
-    """The tenant of an API key; Unauthenticated for an unknown one."""
-    tenant = keys.get(given)
-    if tenant is None:
-        raise Unauthenticated("an API key is needed: send it as x-api-key or as a bearer token")
-    return tenant
 
 
 def _parse(request_type: type[Message], raw: bytes) -> Message:

@@ -86,7 +86,7 @@ class EmbeddingService:
             raise InvalidField("input_type", f"{request.input_type} is not an input type")
         texts = self._models.check_texts(request.texts, "texts", truncate=request.truncate)
         made = await self._models.embed(
-            manifest, texts, INPUT_TYPES[request.input_type], call.deadline, dim=dim
+            manifest, texts, INPUT_TYPES[request.input_type], call.deadline, dim=dim, lease=True
         )
         truncated = made.truncated
         if request.truncate:
@@ -410,7 +410,8 @@ class ClusterService:
     async def HotKeys(self, request: pb.HotKeysRequest, call: Call) -> pb.HotKeysResponse:
         """Digests of what is the caller's; an embedding's tells its text to who guesses it."""
         mine = {s.collection.uid: s.collection.name for s in self._catalog.of_tenant(call.tenant)}
-        alone = len(set(self._config.gateway.api_keys.values())) <= 1
+        gateway = self._config.gateway
+        alone = len({*gateway.api_keys.values(), *gateway.operator_keys.values()}) <= 1
         limit = min(request.limit or DEFAULT_HOT_KEYS, MAX_HOT_KEYS)
         hot = []
         for each in self._cache.hot_keys(MAX_HOT_KEYS):

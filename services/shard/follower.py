@@ -264,6 +264,7 @@ class Follower:
         """Read pages of what is missing, and take in what of them is not here."""
         while self._missing:
             after, upto = self._missing[0]
+            changes = self._holdings.changes
             try:
                 delta = await self._read(after, self._holdings.slots_followed())
             except UnknownLog:
@@ -274,6 +275,9 @@ class Follower:
                 continue
             if delta is None:
                 return
+            if changes != self._holdings.changes:
+                # Slots given up since may have been written to unseen; what was read of them is old.
+                continue
             rows = [row for row in delta.rows if row.version.seq <= upto]
             first = after
             for start in range(0, len(rows), _SLICE_ROWS):
@@ -282,6 +286,10 @@ class Follower:
                 self._froze(self._layout.recall(slice_rows, vectors, first))
                 first = slice_rows[-1].version.seq
                 await asyncio.sleep(0)
+                if changes != self._holdings.changes:
+                    break
+            if changes != self._holdings.changes:
+                continue
             self._counts["recalled_rows"] += len(rows)
             left = [(delta.upto, upto)] if after < delta.upto < upto else []
             if not left or self._hint.is_set():

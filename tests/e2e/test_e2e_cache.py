@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from refusal import refused
 from rpc import Rpc
+from up import Up
 
 from protos.ringfort import v1 as pb
 from ringfort import Client
@@ -228,6 +231,27 @@ def test_hot_keys_tell_what_is_asked_for_and_not_what_it_says(rpc: Rpc, client: 
     assert [key.count for key in told] == sorted((key.count for key in told), reverse=True)
     assert any(key.kind == "embedding" for key in told)
     assert len(rpc.cluster.HotKeys(pb.HotKeysRequest(limit=1)).keys) == 1
+
+
+def test_metrics_tell_the_hottest_by_rank_and_nothing_of_what_they_are(
+    service: Up, client: Client, filled: str
+) -> None:
+    for _ in range(40):
+        client.search(filled, text=TEXT)
+    text = httpx.get(f"http://{service.http}/metrics", timeout=30).text
+    hottest = {
+        family.name: family.samples
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("ringfort_hot_key_")
+    }
+    assert hottest.keys() == {"ringfort_hot_key_reads", "ringfort_hot_key_share"}
+    for samples in hottest.values():
+        assert [sample.labels for sample in samples] == [{"rank": str(n)} for n in range(1, len(samples) + 1)]
+        assert 2 <= len(samples) <= 10
+        values = [sample.value for sample in samples]
+        assert values == sorted(values, reverse=True)
+    assert hottest["ringfort_hot_key_reads"][0].value >= 39
+    assert 0 < sum(sample.value for sample in hottest["ringfort_hot_key_share"]) <= 1
 
 
 def test_hot_answers_are_warmed_after_a_write(rpc: Rpc, client: Client, filled: str) -> None:

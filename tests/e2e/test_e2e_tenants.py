@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -10,11 +11,24 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from up import Up, lend_model
 
+from protos.ringfort import v1 as pb
 from ringfort import Client
-from ringfort.errors import NotFound, ResourceExhausted, RingfortError, Unauthenticated
+from ringfort.calls import operations
+from ringfort.calls.call import Call, whole
+from ringfort.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    RingfortError,
+    Unauthenticated,
+    Unimplemented,
+)
 
 SETTINGS = {
     "RINGFORT_GATEWAY__API_KEYS": '{"red-key": "red", "blue-key": "blue"}',
+    "RINGFORT_GATEWAY__OPERATOR_KEYS": '{"red-operator": "red"}',
     "RINGFORT_GATEWAY__RATE_PER_KEY": "100",
     "RINGFORT_GATEWAY__MAX_IN_FLIGHT": "4",
 }
@@ -54,9 +68,48 @@ def test_nobody_comes_in_without_a_key(guarded: Up, key: str | None) -> None:
 
 def test_a_key_opens_both_ports(guarded: Up, red: Client) -> None:
     assert red.embed(["x"]).shape == (1, 384)
-    for headers in ({"x-api-key": "red-key"}, {"authorization": "Bearer red-key"}):
+    for headers in (
+        {"x-api-key": "red-key"}, {"authorization": "Bearer red-key"}, {"x-api-key": "red-operator"},
+    ):  # fmt: skip
         answer = httpx.post(f"http://{guarded.http}/v1/embeddings", json={"input": "x"}, headers=headers)
         assert answer.status_code == 200
+
+
+@pytest.fixture(scope="module")
+def red_operator(guarded: Up) -> Iterator[Client]:
+    with Client(guarded.grpc, api_key="red-operator") as client:
+        yield client
+
+
+OPERATORS_CALLS = [
+    operations.register_model("/nowhere"),
+    operations.promote_model("none", "1"),
+    operations.set_traffic("none", "1", 10),
+    operations.rollback_model("none"),
+    operations.add_shard("none"),
+    operations.drain_shard("none", 0),
+    operations.set_replicas("none", 1),
+    Call("ClusterService/Backup", pb.BackupRequest(), pb.Job, whole),
+    Call("ClusterService/Restore", pb.RestoreRequest(), pb.Job, whole),
+]
+
+
+@pytest.mark.parametrize("call", OPERATORS_CALLS, ids=lambda call: call.method)
+def test_what_concerns_the_host_or_everybody_needs_an_operator_s_key(
+    red: Client, red_operator: Client, call: Call[Any, Any]
+) -> None:
+    with pytest.raises(PermissionDenied, match="needs an operator's key") as refused:
+        red.send(call)
+    assert refused.value.reason == "PERMISSION_DENIED"
+    with pytest.raises((FailedPrecondition, InvalidArgument, NotFound, Unimplemented)):
+        red_operator.send(call)
+
+
+def test_an_operator_is_its_tenant_in_everything_else(red: Client, red_operator: Client) -> None:
+    red.create_collection("operated")
+    assert red_operator.send(operations.add_shard("operated")).collection == "operated"
+    assert [c.name for c in red_operator.collections()] == [c.name for c in red.collections()]
+    red.delete_collection("operated")
 
 
 def test_hot_keys_are_those_of_one_s_own_collections(red: Client, blue: Client) -> None:

@@ -1,8 +1,11 @@
 """`top` and `profile` on a running service."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ from up import Up
 from ringfort import Client
 from ringfort.commands.observe import _py_spy
 from ringfort.errors import FailedPrecondition
+from services.embedder.profiling import MOST_RUNS
+
+COMPOSITION = os.environ.get("COMPOSITION")
 
 
 def ringfort(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -54,6 +60,51 @@ def test_profile_draws_the_service_by_the_port_it_listens_at(service: Up, tmp_pa
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["pid"] == service.pid
     assert "<svg" in out.read_text()
+
+
+@pytest.mark.skipif(bool(COMPOSITION), reason="a model on processes of its own is not profiled")
+def test_profile_tells_the_costliest_operators_of_a_model_at_work(
+    service: Up, client: Client, tmp_path: Path
+) -> None:
+    out, done = tmp_path / "trace.json", threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            client.embed([f"text {number} {i}" for i in range(8)])
+
+    with ThreadPoolExecutor(1) as threads:
+        working = threads.submit(work)
+        try:
+            told = ringfort(
+                *("profile", "--onnx", "--seconds", "30", "--server", service.grpc),
+                *("--out", str(out), "--json"),
+            )
+        finally:
+            done.set()
+        working.result()
+    assert told.returncode == 0, told.stderr
+    answer = json.loads(told.stdout)
+    assert answer["runs"] >= MOST_RUNS
+    assert 3 < len(answer["operators"]) <= 10
+    shares = [each["share"] for each in answer["operators"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.8 < sum(shares) <= 1.0001
+    assert {event["cat"] for event in json.loads(out.read_text())} == {"Session", "Node"}
+
+
+@pytest.mark.skipif(bool(COMPOSITION), reason="a model on processes of its own is not profiled")
+def test_profile_of_a_model_at_rest_or_unknown_says_so(service: Up, tmp_path: Path) -> None:
+    out = tmp_path / "trace.json"
+    asked = ("profile", "--onnx", "--seconds", "1", "--server", service.grpc, "--out", str(out))
+    told = ringfort(*asked)
+    assert told.returncode == 0, told.stderr
+    assert "0 batches" in told.stdout
+    assert "nothing was asked" in told.stderr
+    assert "no-such" in ringfort(*asked, "--model", "no-such@1").stderr
+    for seconds in ("61", "3600"):
+        assert "between 1 and 60" in ringfort(*asked, "--seconds", seconds).stderr
 
 
 def test_profile_without_py_spy_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """A gateway's answers over a real cache, of a collection that a test makes up; as a program, one that hangs.
 
-`python stampede.py REDIS_URL QUESTION` takes a question's lease (hex), says "computing", and never ends.
+`python stampede.py REDIS_URL QUESTION…` takes the questions' leases (hex), says "computing", and never ends.
 """
 
 import asyncio
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -63,17 +63,42 @@ class Gateway:
             return found
         return await self.answers.once(self.served, name, asked, 0, Deadline.after(timeout_s))
 
+    async def ask_many(
+        self,
+        names: Sequence[bytes],
+        compute: Callable[["Gateway", Sequence[bytes]], Awaitable[Sequence[Computed]]],
+        *,
+        timeout_s: float = 60.0,
+    ) -> list[Cached | Computed]:
+        """As BatchSearch does."""
+        found = await self.answers.get_many(self.served, names, 0, 0)
+        missing = [name for name, each in zip(names, found, strict=True) if each is None]
+        made = await self.answers.once_many(
+            self.served,
+            missing,
+            lambda places: compute(self, [missing[place] for place in places]),
+            0,
+            Deadline.after(timeout_s),
+        )
+        rest = dict(zip(missing, made, strict=True))
+        return [each or rest[name] for name, each in zip(names, found, strict=True)]
 
-async def hang(redis_url: str, name: bytes) -> None:
+
+async def hang(redis_url: str, names: Sequence[bytes]) -> None:
     async def forever(gateway: Gateway) -> Computed:
         print("computing", flush=True)
         await asyncio.sleep(3600)
         raise AssertionError
 
+    async def forever_many(gateway: Gateway, names: Sequence[bytes]) -> Sequence[Computed]:
+        return [await forever(gateway)]
+
     gateway = await Gateway.open(redis_url)
     gateway.cache.exchange._others[b"somebody"] = gateway.cache.exchange.windows.report(0.0)
-    await gateway.ask(name, forever, timeout_s=3600)
+    if len(names) == 1:
+        await gateway.ask(names[0], forever, timeout_s=3600)
+    await gateway.ask_many(names, forever_many, timeout_s=3600)
 
 
 if __name__ == "__main__":
-    asyncio.run(hang(sys.argv[1], bytes.fromhex(sys.argv[2])))
+    asyncio.run(hang(sys.argv[1], [bytes.fromhex(name) for name in sys.argv[2:]]))

@@ -3,7 +3,9 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,138 @@ async def test_a_leader_who_is_killed_is_replaced_when_its_lease_runs_out(new_ga
         answers = await asyncio.gather(*crowd)
     assert {answer.body for answer in answers} == {b"answer 1"}
     assert computing.begun == 1  # the killed one's own was the other
+
+
+class ComputingMany(Computing):
+    """Counts what is computed, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[bytes] = Counter()
+
+    async def of_many(self, gateway: Gateway, names: Sequence[bytes]) -> Sequence[Computed]:
+        self.begun += 1
+        self.times.update(names)
+        await self.go.wait()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+        return [gateway.computed(b"answer to " + name) for name in names]
+
+
+def told(names: Sequence[bytes]) -> list[bytes]:
+    return [b"answer to " + name for name in names]
+
+
+async def test_what_batches_of_two_gateways_have_in_common_is_computed_once(two):
+    computing, asked = ComputingMany(), [question() for _ in range(90)]
+    # In differing orders, and each with some of its own.
+    batches = [asked[:60], asked[:29:-1]]
+    crowd = [
+        asyncio.create_task(gateway.ask_many(batch, computing.of_many))
+        for gateway, batch in zip(two, batches, strict=True)
+    ]
+    await until(lambda: computing.begun == 2)
+    computing.go.set()
+    for answers, batch in zip(await asyncio.gather(*crowd), batches, strict=True):
+        assert [answer.body for answer in answers] == told(batch)
+    assert computing.times == Counter(asked)
+    assert sum(g.cache.stats()["lease_recomputes_avoided_total"] for g in two) == 30
+    assert sum(g.cache.stats()["leases_total"] for g in two) == 90
+    assert sum(g.cache.stats()["lease_waiting"] for g in two) == 0
+
+
+async def test_a_crowd_of_equal_batches_over_two_gateways_computes_each_row_once(two):
+    computing, asked = ComputingMany(), [question() for _ in range(50)]
+    crowd = [asyncio.create_task(g.ask_many(asked, computing.of_many)) for _ in range(20) for g in two]
+    await until(lambda: sum(g.cache.stats()["lease_waiting"] for g in two) == 39 * 50)
+    assert computing.times == Counter(asked)
+    computing.go.set()
+    for answers in await asyncio.gather(*crowd):
+        assert [answer.body for answer in answers] == told(asked)
+    assert computing.times == Counter(asked)
+
+
+async def test_rows_of_a_batch_whose_gateway_is_killed_are_computed_a_second_time(new_gateway, redis_url):
+    asked = [question() for _ in range(20)]
+    program = [sys.executable, str(Path(__file__).parent / "stampede.py"), redis_url]
+    with subprocess.Popen([*program, *(n.hex() for n in asked[:15])], stdout=subprocess.PIPE) as leader:  # noqa: ASYNC220
+        try:
+            assert await asyncio.to_thread(leader.stdout.readline) == b"computing\n"
+            gateway = await new_gateway()
+            computing = ComputingMany()
+            computing.go.set()
+            crowd = [asyncio.create_task(gateway.ask_many(asked, computing.of_many)) for _ in range(20)]
+            await until(lambda: computing.times)
+            assert computing.times == Counter(asked[15:])
+        finally:
+            leader.kill()
+        answers = await asyncio.gather(*crowd)
+    assert all([answer.body for answer in row] == told(asked) for row in answers)
+    assert computing.times == Counter(asked)  # the killed one's own were the others
+
+
+async def test_a_batch_that_fails_or_is_cancelled_frees_its_rows_at_once(two):
+    one, other = two
+    for ends in ("failure", "cancellation"):
+        computing, asked = ComputingMany(), [question() for _ in range(20)]
+        first = asyncio.create_task(one.ask_many(asked, computing.of_many))
+        await until(lambda computing=computing: computing.begun)
+        second = asyncio.create_task(other.ask_many(asked, computing.of_many))
+        await until(lambda: other.cache.stats()["lease_waiting"] == 20)
+        if ends == "failure":
+            computing.failure = Unavailable("the shards are away")
+        else:
+            first.cancel()
+        computing.go.set()
+        assert [answer.body for answer in await second] == told(asked)
+        (ended,) = await asyncio.gather(first, return_exceptions=True)
+        assert isinstance(ended, Unavailable | asyncio.CancelledError)
+        assert computing.times == Counter(asked * 2)
+
+
+async def test_what_may_not_be_kept_is_computed_by_each_and_held_up_by_none(two):
+    computing, asked = ComputingMany(), [question() for _ in range(20)]
+
+    async def incomplete(gateway: Gateway, names: Sequence[bytes]) -> Sequence[Computed]:
+        made = await computing.of_many(gateway, names)
+        return [replace(each, complete=False) for each in made]
+
+    crowd = [asyncio.create_task(gateway.ask_many(asked, incomplete)) for gateway in two]
+    await until(lambda: sum(g.cache.stats()["lease_waiting"] for g in two) == 20)
+    computing.go.set()
+    await asyncio.gather(*crowd)
+    assert computing.times == Counter(asked * 2)
+    # Given back, and not only run out.
+    for gateway in two:
+        await gateway.cache.leases.close()
+    names = [lease_key(name, two[0].served.position) for name in asked]
+    assert await two[0].cache.leases._take(names, b"token") == [True] * 20
+
+
+async def test_batches_know_of_writes_as_single_questions_do(two):
+    computing, asked = ComputingMany(), [question() for _ in range(5)]
+    one, other = two
+    early = asyncio.create_task(one.ask_many(asked, computing.of_many))
+    await until(lambda: computing.begun)
+    other.served.position += 1
+    late = asyncio.create_task(other.ask_many(asked, computing.of_many))
+    await until(lambda: computing.begun == 2)
+    computing.go.set()
+    await asyncio.gather(early, late)
+    assert computing.times == Counter(asked * 2)
+
+
+async def test_a_batch_takes_no_lease_where_it_is_alone_or_has_no_redis(two):
+    one, other = two
+    computing, asked = ComputingMany(), [question() for _ in range(5)]
+    computing.go.set()
+    one.cache.exchange._others.clear()
+    await one.ask_many(asked, computing.of_many)
+    assert one.cache.leases.taken == 0
+    await other.cache._redis.close()
+    assert [a.body for a in await other.ask_many(asked, computing.of_many)] == told(asked)
+    assert computing.times == Counter(asked * 2)
 
 
 async def test_who_knows_of_a_later_write_does_not_take_the_earlier_answer(two):

@@ -22,6 +22,7 @@ operations:
 faults:
   - {at_s: 2, kind: pause, target: service, for_s: 1}
   - {at_s: 3.2, kind: delay, target: redis, delay_ms: 30, for_s: 0.2}
+  - {at_s: 3.5, kind: kill, target: redis}
 """
 
 
@@ -34,13 +35,17 @@ def test_a_pause_shows_in_proportion(
     assert main(["run", str(scenario), *options]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["result"] == str(out)
-    progress = [json.loads(line) for line in printed.err.splitlines()]
-    assert progress[-1]["answered"] > 0
+    lines = [json.loads(line) for line in printed.err.splitlines()]
+    assert [line["answered"] for line in lines if "answered" in line][-1] > 0
+    assert any("valkey was killed" in line["event"] for line in lines if "event" in line)
     told = json.loads(out.read_text())
     [run] = told["runs"]
     assert run["all"]["due"] == 200
     assert run["all"]["failed_share"] == 0
-    assert {fault["kind"] for fault in run["faults"]} == {"pause", "delay"}
+    assert {fault["kind"] for fault in run["faults"]} == {"pause", "delay", "kill"}
+    [paused] = [fault["calls"] for fault in run["faults"] if fault["kind"] == "pause"]
+    assert paused["failed"] == 0
+    assert paused["max"] >= 900
     # A fifth of the calls were due while it stood still, for half a second each in the middle.
     latency_ms = run["all"]["latency_ms"]
     assert latency_ms["p99"] >= 900

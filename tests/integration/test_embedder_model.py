@@ -1,6 +1,10 @@
 """The default model as users run it: accurate, the same in any batch, and no slower for being shared."""
 
 import asyncio
+import gzip
+import json
+import os
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,6 +21,7 @@ from index_builder.models.tokenizer import padded
 from services.deadline import Deadline
 from services.embedder.embedder import Embedder, InputType
 from services.embedder.onnx_model import OnnxModel
+from services.embedder.profiling import MOST_RUNS
 from shard_router.errors import EmbedderUnavailable
 
 PACKAGES = Path(__file__).parents[2] / "ringfort" / "data" / "pypi-top.tsv"
@@ -147,3 +152,39 @@ def test_a_broken_graph_is_said_so(model: OnnxModel, tmp_path: Path) -> None:
     broken = msgspec.structs.replace(model.manifest, directory=tmp_path)
     with pytest.raises(EmbedderUnavailable, match=r"all-minilm-l6-v2@1.*can answer"):
         OnnxModel.load(broken, threads=1)
+
+
+async def test_profiling_times_what_others_ask_for_and_changes_no_vector(
+    embedder: Embedder, texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = await vectors(embedder, texts)
+    during = asyncio.create_task(embedder.profile(30))
+    while not during.done():
+        np.testing.assert_allclose(await vectors(embedder, texts), before, atol=1e-4)
+    made = await during
+    assert made.runs >= MOST_RUNS
+    events = json.loads(gzip.decompress(made.trace))
+    operators = {event["args"]["op_name"] for event in events if event["cat"] == "Node"}
+    assert "Attention" in operators
+    assert sum(event["name"] == "model_run" for event in events) == made.runs
+    np.testing.assert_allclose(await vectors(embedder, texts), before, atol=1e-4)
+    assert embedder._model.engine._runs_on is embedder._model.engine._session
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_profile_that_is_given_up_leaves_nothing_behind(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine = embedder._model.engine
+    profiling = asyncio.create_task(embedder.profile(30))
+    async with asyncio.timeout(30):
+        while engine._runs_on is engine._session:  # noqa: ASYNC110 - a thread sets it
+            await asyncio.sleep(0.005)
+    profiling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await profiling
+    assert engine._runs_on is engine._session
+    assert os.listdir(tmp_path) == []
+    assert (await vectors(embedder, ["still here"])).shape == (1, 384)

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from cache_tiers import opened
+from cache_tiers import eventually, opened
 
 from index_builder.models.manifest import Agreement, ModelManifest
 from services.cache.keys import embedding_key
@@ -30,9 +30,12 @@ class Counting:
     def __init__(self, manifest: ModelManifest) -> None:
         self.manifest = manifest
         self.texts = 0
+        self.go = asyncio.Event()
+        self.go.set()
 
     async def embed(self, texts: Sequence[str], input_type: InputType, deadline: Deadline) -> Embedded:
         self.texts += len(texts)
+        await self.go.wait()
         vectors = np.array([[len(text), 1, 2, 3] for text in texts], np.float32)
         return Embedded(vectors, np.full(len(texts), 3, np.int32), np.zeros(len(texts), bool), 0, 0, 0)
 
@@ -56,7 +59,7 @@ class Gateway:
     """One gateway's way to a model, text by text."""
 
     def __init__(self, tier: CacheTier, manifest: ModelManifest) -> None:
-        self._tier = tier
+        self.tier = tier
         self.embedder = Counting(manifest)
         self._embeddings = Embeddings(cast(Any, self.embedder), tier, ttl_s=60, max_text_bytes=1_000)
 
@@ -70,6 +73,14 @@ class Gateway:
         await self._written()
         return self.embedder.texts - before
 
+    async def ask_as_embed(self, texts: Sequence[str]) -> list[bool]:
+        """As the Embed call does; which rows had been made by others."""
+        made = await self._embeddings.embed(texts, InputType.QUERY, Deadline.after(60), lease=True)
+        assert made.vectors.tolist() == [[len(text), 1, 2, 3] for text in texts]
+        assert made.tokens.tolist() == [3] * len(texts)
+        cached: list[bool] = made.cached.tolist()
+        return cached
+
     async def ask_new(self) -> None:
         """Ask so often for what nobody has asked for that nothing more is kept but the sample."""
         await self.ask([f"new {i}" for i in range(NEW_TEXTS)])
@@ -77,9 +88,9 @@ class Gateway:
     async def _written(self) -> None:
         """Until all that was to be kept is: writes keep their order."""
         last = uuid4().bytes
-        self._tier.put_many([(last, b"last")])
+        self.tier.put_many([(last, b"last")])
         async with asyncio.timeout(30):
-            while (await self._tier.get_many([last]))[0] is None:  # noqa: ASYNC110 - a server sets no event
+            while (await self.tier.get_many([last]))[0] is None:  # noqa: ASYNC110 - a server sets no event
                 await asyncio.sleep(0.005)
 
 
@@ -112,3 +123,69 @@ async def test_many_texts_at_once_are_always_kept(tier: CacheTier, manifest: Mod
     await gateway.ask_new()
     texts = [f"many {i}" for i in range(MANY_TEXTS)]
     assert [await gateway.ask(texts, MANY_TEXTS) for _ in range(2)] == [len(texts), 0]
+
+
+@pytest.fixture
+async def two(valkey_url: str, manifest: ModelManifest) -> AsyncIterator[list[Gateway]]:
+    """Two gateways that know of each other, and whose embedders end when told."""
+    async with opened(valkey_url, PATIENT_MS) as one, opened(valkey_url, PATIENT_MS) as other:
+        await one.exchange.turn()
+        gateways = [Gateway(tier, manifest) for tier in (one, other)]
+        for gateway in gateways:
+            gateway.embedder.go.clear()
+        yield gateways
+
+
+def told(two: Sequence[Gateway], name: str) -> float:
+    return sum(gateway.tier.stats()[name] for gateway in two)
+
+
+async def test_a_crowd_over_two_gateways_embeds_a_text_once(two: list[Gateway]) -> None:
+    text = f"lone {uuid4()}"
+    crowd = [asyncio.create_task(gateway.ask_as_embed([text])) for _ in range(200) for gateway in two]
+    await eventually(lambda: told(two, "lease_waiting"))
+    for gateway in two:
+        gateway.embedder.go.set()
+    await asyncio.gather(*crowd)
+    assert sum(gateway.embedder.texts for gateway in two) == 1
+    assert told(two, "leases_total") == 1
+
+
+async def test_what_calls_on_two_gateways_have_in_common_is_embedded_once(two: list[Gateway]) -> None:
+    texts = [f"{'x' * i} {uuid4()}" for i in range(60)]
+    one, other = texts[:40], texts[:19:-1]
+    asked = [asyncio.create_task(two[0].ask_as_embed([*one, one[3]]))]
+    await eventually(lambda: two[0].embedder.texts)
+    asked.append(asyncio.create_task(two[1].ask_as_embed([*other, other[-1]])))
+    await eventually(lambda: two[1].embedder.texts)
+    two[1].embedder.go.set()
+    await eventually(lambda: told(two, "lease_waiting"))
+    two[0].embedder.go.set()
+    first, second = await asyncio.gather(*asked)
+    assert first == [False] * 41
+    assert second == [False] * 20 + [True] * 21
+    assert [gateway.embedder.texts for gateway in two] == [40, 20]
+
+
+async def test_a_text_whose_gateway_gives_up_is_embedded_a_second_time(two: list[Gateway]) -> None:
+    texts = [f"left {uuid4()}" for _ in range(20)]
+    leaver = asyncio.create_task(two[0].ask_as_embed(texts))
+    await eventually(lambda: two[0].embedder.texts)
+    stayer = asyncio.create_task(two[1].ask_as_embed(texts))
+    await eventually(lambda: two[1].tier.stats()["lease_waiting"])
+    leaver.cancel()
+    two[1].embedder.go.set()
+    assert await stayer == [False] * 20
+    assert [gateway.embedder.texts for gateway in two] == [20, 20]
+
+
+async def test_where_redis_does_not_pay_no_lease_is_taken(
+    two: list[Gateway], manifest: ModelManifest
+) -> None:
+    for gateway in two:
+        gateway.embedder.go.set()
+    await two[0].ask_new()
+    texts = [text for text in (f"new again {i}" for i in range(200)) if not sample(manifest, [text])]
+    for text in texts:
+        await two[0].ask_as_embed([text])
+    assert told(two, "leases_total") == 0

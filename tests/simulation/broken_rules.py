@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cluster import LEASE_S, Coordinator, Database, Fenced, Replica
+from coordinator import Coordinator
+from database import Database, Fenced
+from replica import LEASE_S, Replica
 
 from services.shard.holdings import Holdings
 from shard_router.leases import GrantedLeases, HeldLease

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from broken_rules import FOUND_BY, Break
-from cluster import SLOTS, Cluster, Conditions, Gateway
+from cluster import Cluster
+from database import SLOTS
+from network import Conditions
+from shard_gateway import Gateway
 from virtual_loop import run
 
 from shard_router.errors import StaleEpoch, Unavailable

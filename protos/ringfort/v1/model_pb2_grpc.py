@@ -59,6 +59,11 @@ class ModelServiceStub:
                 request_serializer=protos_dot_ringfort_dot_v1_dot_model__pb2.RollbackModelRequest.SerializeToString,
                 response_deserializer=protos_dot_ringfort_dot_v1_dot_model__pb2.Model.FromString,
                 _registered_method=True)
+        self.Profile = channel.unary_unary(
+                '/ringfort.v1.ModelService/Profile',
+                request_serializer=protos_dot_ringfort_dot_v1_dot_model__pb2.ProfileModelRequest.SerializeToString,
+                response_deserializer=protos_dot_ringfort_dot_v1_dot_model__pb2.ProfileModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -97,6 +102,13 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Profile(self, request, context):
+        """Times each operator of a loaded model over the next batches that others ask it for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +136,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=protos_dot_ringfort_dot_v1_dot_model__pb2.RollbackModelRequest.FromString,
                     response_serializer=protos_dot_ringfort_dot_v1_dot_model__pb2.Model.SerializeToString,
+            ),
+            'Profile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=protos_dot_ringfort_dot_v1_dot_model__pb2.ProfileModelRequest.FromString,
+                    response_serializer=protos_dot_ringfort_dot_v1_dot_model__pb2.ProfileModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +278,33 @@ class ModelService:
             '/ringfort.v1.ModelService/Rollback',
             protos_dot_ringfort_dot_v1_dot_model__pb2.RollbackModelRequest.SerializeToString,
             protos_dot_ringfort_dot_v1_dot_model__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ringfort.v1.ModelService/Profile',
+            protos_dot_ringfort_dot_v1_dot_model__pb2.ProfileModelRequest.SerializeToString,
+            protos_dot_ringfort_dot_v1_dot_model__pb2.ProfileModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class ModelServiceStub:
     Promote: _grpc.UnaryUnaryMultiCallable[_model_pb2.PromoteModelRequest, _model_pb2.Model]
     Rollback: _grpc.UnaryUnaryMultiCallable[_model_pb2.RollbackModelRequest, _model_pb2.Model]
     """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then."""
+    Profile: _grpc.UnaryUnaryMultiCallable[_model_pb2.ProfileModelRequest, _model_pb2.ProfileModelResponse]
+    """Times each operator of a loaded model over the next batches that others ask it for."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -53,6 +55,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Promote: _aio.UnaryUnaryMultiCallable[_model_pb2.PromoteModelRequest, _model_pb2.Model]  # type: ignore[assignment]
     Rollback: _aio.UnaryUnaryMultiCallable[_model_pb2.RollbackModelRequest, _model_pb2.Model]  # type: ignore[assignment]
     """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then."""
+    Profile: _aio.UnaryUnaryMultiCallable[_model_pb2.ProfileModelRequest, _model_pb2.ProfileModelResponse]  # type: ignore[assignment]
+    """Times each operator of a loaded model over the next batches that others ask it for."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -93,5 +97,13 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]:
         """Ends the canary of a name or, without one, makes live what was before; the answer is what is live then."""
+
+    @_abc_1.abstractmethod
+    def Profile(
+        self,
+        request: _model_pb2.ProfileModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ProfileModelResponse, _abc.Awaitable[_model_pb2.ProfileModelResponse]]:
+        """Times each operator of a loaded model over the next batches that others ask it for."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

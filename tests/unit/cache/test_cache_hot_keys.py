@@ -22,6 +22,7 @@ from services.cache.hot_keys import (
     most_asked,
 )
 from services.cache.keys import answer_key, embedding_key, named
+from services.cache.tier import RANKS, CacheTier
 
 streams = st.lists(st.sampled_from([b"%d" % i for i in range(12)]), max_size=200)
 
@@ -96,6 +97,17 @@ def test_hot_is_what_is_both_a_share_and_many():
     ]
     assert hot(asked) == {b"a"}
     assert len(hot([HotKey(b"%d" % i, 10_000, 0.01) for i in range(500)])) == HOT_KEYS
+
+
+async def test_the_hottest_are_told_by_rank_and_no_key_is():
+    tier = CacheTier(l1_bytes=1_000_000, redis_url=None)
+    assert tier.stats_of_hottest() == {}
+    await tier.get_many([b"warm"] * 30 + [b"hot"] * 60 + [b"%d" % i for i in range(10)])
+    told = tier.stats_of_hottest()
+    assert list(told) == [str(rank) for rank in range(1, RANKS + 1)]
+    assert told["1"] == {"reads": 60, "share": 0.6}
+    assert told["2"] == {"reads": 30, "share": 0.3}
+    assert told["10"] == {"reads": 1, "share": 0.01}
 
 
 def test_a_gateway_that_tells_nothing_new_is_gone_and_later_forgotten():

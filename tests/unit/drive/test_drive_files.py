@@ -79,6 +79,10 @@ def test_a_result_comes_back_with_machine_versions_and_settings(tmp_path: Path) 
     assert run["all"]["codes"] == {"OK": 199, "UNAVAILABLE": 1}
     assert run["operations"]["search_text"]["latency_ms"]["p50"] == pytest.approx(100, rel=0.01)
     assert [each["answered"] for each in run["series"]] == [50, 50, 50, 50]
+    # From the second it began in until three after its end: the last three quarters of the calls.
+    [fault] = run["faults"]
+    assert (fault["target"], fault["calls"]["due"], fault["calls"]["failed"]) == ("redis", 150, 0)
+    assert fault["calls"]["p50"] == pytest.approx(125, rel=0.02)
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_a_report_is_a_page_with_tables_and_plots(tmp_path: Path) -> None:
     page = report.write(measured(), tmp_path)
     text = page.read_text()
     assert "| search_text |" in text
-    assert "| delay | redis | 1.0 | 2.0 |" in text
+    assert "| delay | redis | 1.0 | 2.0 | 150 | 0 | 125" in text
     assert "| redis | 3 | 1.00 | 2.00 |" in text
     assert "Little can be said" not in text
     for name in ("latency.png", "time.png"):

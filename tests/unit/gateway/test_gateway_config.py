@@ -27,6 +27,8 @@ def test_the_command_line_beats_the_environment_beats_the_file(
         ("gatway: {}", "gatway"),
         ("gateway: {port: 1}", "gateway.port"),
         ("shard: {poll_ms: 0}", "shard.poll_ms"),
+        ("gateway: {operator_keys: {k: t}}", "without api_keys"),
+        ("gateway: {api_keys: {k: t}, operator_keys: {k: t}}", "among both"),
         ("gateway: [", "configuration file"),
     ],
 )

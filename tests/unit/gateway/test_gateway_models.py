@@ -13,6 +13,7 @@ import pytest
 from index_builder.models.manifest import Agreement, ModelManifest
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
+from services.embedder.profiling import Profile
 from services.gateway import models as models_module
 from services.gateway.embeddings import Vectors
 from services.gateway.models import Models, require_dimension, space_at
@@ -50,7 +51,7 @@ class Fake:
         self.closed = True
 
     async def embed(
-        self, texts: Sequence[str], input_type: InputType, deadline: Deadline, *, use_cache: bool
+        self, texts: Sequence[str], input_type: InputType, deadline: Deadline, *, use_cache: bool, lease: bool
     ) -> Vectors:
         assert not self.closed
         if self._hold:
@@ -60,6 +61,12 @@ class Fake:
         none = np.zeros(len(texts), np.int32)
         number = float(self.manifest.space.removeprefix("space-"))
         return Vectors(np.full((len(texts), 8), number, np.float32), none, none, none)
+
+    async def profile(self, seconds: float) -> Profile:
+        if self._hold:
+            await self._hold.wait()
+        assert not self.closed, "given up while it is profiled"
+        return Profile(int(seconds), b"")
 
 
 class Setting:
@@ -155,6 +162,26 @@ async def test_models_in_use_stay_and_the_next_is_refused(setting: Setting) -> N
     setting.hold.set()
     assert await asyncio.gather(*busy) == [1.0, 2.0]
     assert await setting.embed("m3@1") == 3.0
+
+
+async def test_one_model_at_a_time_is_profiled_and_only_where_there_is_room(setting: Setting) -> None:
+    setting.hold = asyncio.Event()
+    models, soon = setting.models, Deadline.after(5)
+    profiling = asyncio.create_task(models.profile(models.resolve("m1@1"), 3, soon))
+    while "m1@1" not in setting.embedders:  # noqa: ASYNC110 - a thread does it
+        await asyncio.sleep(0.005)
+    with pytest.raises(PreconditionFailed, match="profiled already"):
+        await models.profile(models.resolve("m2@1"), 3, soon)
+    await asyncio.sleep(0)
+    setting.hold.set()
+    assert (await profiling).runs == 3
+    setting.hold.clear()
+    busy = [asyncio.create_task(setting.embed(model)) for model in ("m1@1", "m2@1")]
+    await setting.both_busy.wait()
+    with pytest.raises(Overloaded):
+        await models.profile(models.resolve("m1@1"), 3, soon)
+    setting.hold.set()
+    await asyncio.gather(*busy)
 
 
 async def test_a_model_that_does_not_load_fails_its_callers_and_is_tried_again(setting: Setting) -> None:

@@ -64,6 +64,8 @@ def test_labels_are_bounded() -> None:
     told = told_by(telemetry)
     assert told['ringfort_model_texts_total{model="m7"}'] == 7
     assert sum(name.startswith("ringfort_model_queue{") for name in told) == LABELS_MOST
+    telemetry.parts.add_each("hot_key", lambda: {"1": {"reads": 9}}, label="rank")
+    assert told_by(telemetry)['ringfort_hot_key_reads{rank="1"}'] == 9
 
 
 def test_a_log_line_carries_the_trace_id_of_the_call_under_way() -> None:

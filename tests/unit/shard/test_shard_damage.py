@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from memory_log import MemoryLog
 from services.deadline import Deadline
 from services.shard.replica import Replica
 from shard_router.errors import Unavailable, UnknownLog
+from shard_router.hashing import slot_of
 from shard_router.model import Hit, LogDelta
 
 RNG = np.random.default_rng(9)
@@ -190,6 +191,60 @@ async def test_a_document_that_moves_on_during_a_repair_is_missing_until_it_is_f
     hits, complete = await answer(again)
     assert complete
     assert {hit.id: hit.version for hit in hits} == {id: row.version for id, (row, _) in log.live.items()}
+
+
+@pytest.mark.parametrize("taken_again", ["at once", "after the repair"])
+@pytest.mark.parametrize("during", ["a page is read", "a page is taken in"])
+@pytest.mark.parametrize("deleted", [(), ("d0", "d3", "d6", "d12"), tuple(IDS[::2])], ids=len)
+async def test_slots_given_up_amid_a_repair_come_back_as_they_are_written(
+    open_replica: Open,
+    log: MemoryLog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deleted: tuple[str, ...],
+    during: str,
+    taken_again: str,
+) -> None:
+    monkeypatch.setattr("services.shard.follower._SLICE_ROWS", 1)
+    replica = await open_replica()
+    await fill(replica, log)
+    await replica.close()
+    flip(segments(tmp_path)[0] / "vectors")
+    given = sorted({slot_of(id, 16) for id in IDS[::2]})
+    original, repaired = log.tail, asyncio.Event()
+    taking: list[asyncio.Task[None]] = []
+    giving: list[asyncio.Task[None]] = []
+
+    async def give_up() -> None:
+        await again.release(given)
+        rewritten = {id: RNG.standard_normal(3) for id in ("d1", "d5", "d7")}
+        assert again.offer(log.write(rewritten, deletes=deleted))
+
+    async def tail(after: int, slots: Sequence[int] | None = None) -> LogDelta:
+        delta = await original(after, slots)
+        if slots == given:
+            await repaired.wait()
+        elif after < 16 and not giving:
+            giving.append(asyncio.create_task(give_up()))
+            if taken_again == "at once":
+                taking.append(asyncio.create_task(again.backfill(given)))
+            if during == "a page is read":
+                await giving[0]
+                await asyncio.sleep(0)
+        return delta
+
+    log.tail = tail  # type: ignore[method-assign]
+    again = await open_replica()
+    await until(lambda: bool(giving) and giving[0].done() and again.condition()[0] == "serving")
+    await giving[0]
+    again.validate_state()
+    repaired.set()
+    await (taking[0] if taking else again.backfill(given))
+    await again.serve(2, range(16))
+    hits, complete = await answer(again)
+    assert complete
+    assert {hit.id: hit.version for hit in hits} == {id: row.version for id, (row, _) in log.live.items()}
+    again.validate_state()
 
 
 @pytest.mark.parametrize("written", [0, 20])

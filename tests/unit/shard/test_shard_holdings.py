@@ -1,5 +1,6 @@
 """Slots a replica follows, has and answers for."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from services.shard.holdings import Holdings
 from services.shard.replica import Replica
 from shard_router.errors import StaleEpoch
 from shard_router.hashing import slot_of
-from shard_router.model import LogDelta
+from shard_router.model import LogDelta, Version
 
 Open = Callable[..., Awaitable[Replica]]
 EVEN, ODD = [slot for slot in range(16) if slot % 2 == 0], [slot for slot in range(16) if slot % 2]
@@ -28,6 +29,11 @@ async def found(replica: Replica, epoch: int | None = None) -> set[str]:
         np.ones((1, 3)), 1000, filter=None, exact=True, epoch=epoch, deadline=deadline
     )
     return {hit.id for hit in answer.hits[0]}
+
+
+async def versions(replica: Replica) -> dict[str, Version]:
+    answer = await replica.search(np.ones((1, 3)), 1000, filter=None, exact=True, deadline=Deadline.after(20))
+    return {hit.id: hit.version for hit in answer.hits[0]}
 
 
 async def follow(replica: Replica, delta: LogDelta) -> None:
@@ -144,3 +150,61 @@ def test_slots_given_up_and_followed_again_are_not_kept() -> None:
     assert holdings.kept([1], begun)
     assert not holdings.kept([2], begun)
     assert holdings.kept([1, 2], holdings.changes)
+
+
+#: What becomes of documents while their slots are not followed: which are written anew, and which deleted.
+CHANGES: dict[str, tuple[range, range]] = {
+    "nothing": (range(0), range(0)),
+    "rewritten": (range(0, 40, 3), range(0)),
+    "deleted": (range(0), range(0, 40, 3)),
+    "both": (range(0, 40, 3), range(1, 40, 3)),
+}
+
+
+@pytest.mark.parametrize("during", ["a page is read", "a page is taken in"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+async def test_slots_given_up_while_they_are_read_and_taken_again_are_read_whole(
+    open_replica: Open,
+    log: MemoryLog,
+    monkeypatch: pytest.MonkeyPatch,
+    change: tuple[range, range],
+    during: str,
+) -> None:
+    monkeypatch.setattr("services.shard.follower._SLICE_ROWS", 2)
+    log.page_rows = 6
+    log.write(documents(40))
+    replica = await open_replica(slots=EVEN, tail_rows=6)
+    original, reads, go_on = log.tail, 0, asyncio.Event()
+    second: list[asyncio.Task[None]] = []
+
+    async def give_up() -> None:
+        await replica.release(ODD)
+        rewritten, deleted = change
+        upserts = {f"d{i}": np.ones(3) for i in rewritten}
+        assert replica.offer(log.write(upserts, deletes=tuple(f"d{i}" for i in deleted)))
+
+    async def tail(after: int, slots: Any = None) -> LogDelta:
+        nonlocal reads
+        page = await original(after, slots)
+        if slots != ODD:
+            return page
+        reads += 1
+        if second and not after:
+            await go_on.wait()
+        elif reads == 2:
+            given_up = asyncio.create_task(give_up())
+            second.append(asyncio.create_task(replica.backfill(ODD)))
+            if during == "a page is read":
+                await given_up
+                await asyncio.sleep(0)
+        return page
+
+    log.tail = tail  # type: ignore[method-assign]
+    await replica.backfill(ODD)
+    with pytest.raises(ValueError, match="are not whole"):
+        await replica.serve(2, range(16))
+    go_on.set()
+    await second[0]
+    await replica.serve(2, range(16))
+    assert await versions(replica) == {id: row.version for id, (row, _) in log.live.items()}
+    replica.validate_state()
