@@ -42,7 +42,7 @@ class Leased:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.watermark = Watermark(LEASE_S)
-        self.watermark.renewed(0.0, "log", 5)
+        self.watermark.renewed(0.0, {"log": 5})
 
     def known(self, served: SimpleNamespace):
         known = self.watermark.known(self.clock.now_s)
@@ -103,7 +103,7 @@ async def test_a_holder_that_was_paused_serves_nothing_kept_until_it_knows_again
     search.latest = 6
     assert (await one.ask(asked, search)).body == b"6"
     assert isinstance(await one.ask(asked, search), Computed)
-    watermark.renewed(LEASE_S, "log", 6)
+    watermark.renewed(LEASE_S, {"log": 6})
     found = await one.ask(asked, search)
     assert (type(found), found.body) == (Cached, b"6")
 
