@@ -218,7 +218,7 @@ class Embedded:
             device=settings.device,
         )
 
-    def _components(self, supervisor: Supervisor, cache: CacheTier) -> Mapping[str, tuple[str, str]]:
+    async def _components(self, supervisor: Supervisor, cache: CacheTier) -> Mapping[str, tuple[str, str]]:
         states = {name: (state, "child process") for name, state in supervisor.state().items()}
         if self._config.metadata.postgres_url:
             states["postgres"] = ("external", "by URL")

@@ -48,8 +48,8 @@ from shard_router.errors import RingfortError
 
 log = logging.getLogger(__name__)
 
-#: What else runs, each with its state and a detail.
-Components = Callable[[], Mapping[str, tuple[str, str]]]
+#: What the service is made of, each part with its state and a detail.
+Components = Callable[[], Awaitable[Mapping[str, tuple[str, str]]]]
 #: Makes an embedder of a model.
 LoadModel = Callable[[ModelManifest], Awaitable[EmbedderEndpoint | ImageEmbedderEndpoint]]
 
@@ -106,7 +106,7 @@ class Front:
     async def start(
         self, changes: Servicers, http_socket: socket.socket, *further: socket.socket
     ) -> Addresses:
-        """Serve. `changes` answer beside, and before, the services that every gateway has.
+        """Serve. `changes` answer what the services that every gateway has do not.
 
         `further` are other sockets that HTTP is served on.
         """
@@ -142,7 +142,7 @@ class Front:
             "ClusterService": (cluster,),
         }
         self.servicers = {
-            name: (*changes.get(name, ()), *everywhere.get(name, ())) for name in {*everywhere, *changes}
+            name: (*everywhere.get(name, ()), *changes.get(name, ())) for name in {*everywhere, *changes}
         }
         self.server = Server(
             gateway,

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from index_builder.models.manifest import ModelManifest
+from protos.ringfort import v1 as pb
 from protos.ringfort.internal import v1 as internal
 from protos.ringfort.internal.v1.embedder_node_pb2_grpc import EmbedderNodeStub
 from services import tasks
@@ -39,6 +40,8 @@ from shard_router.errors import EmbedderUnavailable, RingfortError
 JOIN_S = 60.0
 #: How often it is looked whether it can answer, where it cannot rely on what the head said.
 _LOOK_S = 0.5
+#: How long the head may take to say what the service is made of.
+_DESCRIBE_S = 2.0
 
 
 class SiblingSettings(msgspec.Struct, frozen=True, tag="gateway"):
@@ -236,14 +239,24 @@ class Sibling:
             return RemoteImageEmbedder(manifest, replicas, end)
         return RemoteEmbedder(manifest, replicas, end, queue_texts=self._config.embedder.queue_texts)
 
-    def _components(self) -> Mapping[str, tuple[str, str]]:
-        """What this gateway sees of the cluster."""
-        head = ("heard", "") if self._following.leased else ("away", "its lease is over")
+    async def _components(self) -> Mapping[str, tuple[str, str]]:
+        """What the head says the service is made of; while it is away, what can be seen from here."""
+        nothing = pb.DescribeRequest().SerializeToString()
+        try:
+            told = await self._following.hand_on(
+                "ClusterService", "Describe", "", nothing, Deadline.after(_DESCRIBE_S)
+            )
+        except RingfortError:
+            return self._seen()
+        components = pb.DescribeResponse.FromString(told).components
+        return {each.name: (each.state, each.detail) for each in components}
+
+    def _seen(self) -> Mapping[str, tuple[str, str]]:
         cache = next(
             ((str(tier["state"]), "Redis tier") for tier in self._cache.tiers() if tier["name"] == "REDIS"),
             ("off", "Redis tier"),
         )
-        return {"gateway head": head, "cache": cache, **members_told(self._members.values())}
+        return {"gateway head": ("away", ""), "cache": cache, **members_told(self._members.values())}
 
     async def _look_on(self) -> None:
         """Say NOT_SERVING while nothing can be answered: neither the head nor the database can be reached."""

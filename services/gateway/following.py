@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: How soon something is tried again: following, asking for visibility, reaching copies.
 _AGAIN_S, _LONGEST_PAUSE_S = 0.1, 1.0
+#: How often it is looked whether a copy fell that the head may go on with.
+_LOOK_S = 0.25
 #: Beats of which it is remembered when they were sent.
 _BEATS_MOST = 256
 #: How long a search waits for the copies where the lease is over.
@@ -70,8 +72,6 @@ class Following:
         self._heard = self._settled = 0
         self._registry, self._registry_known = 0, -1
         self._leaving = False
-        #: Whether every copy that may be asked is; one that could not be reached is tried again.
-        self._done = True
         #: Set when there is something to say to the head, or to be done.
         self._speak, self._work = asyncio.Event(), asyncio.Event()
         self._ready = asyncio.Event()
@@ -229,7 +229,9 @@ class Following:
             self._marks = {uid: mark for uid, mark in self._marks.items() if uid in here}
         moved = {each.collection: each.positions for each in told.collections}
         for uid, positions in moved.items():
-            if uid not in self._marks:
+            mark = self._marks.get(uid)
+            if mark is None or mark.positions.keys() != positions.keys():
+                # Of other logs: news come in order, so what was told of the former ones is over.
                 self._marks[uid] = Watermark(self._lease_s)
             self._marks[uid].renewed(sent_s, dict(positions))
         for uid, mark in self._marks.items():
@@ -246,17 +248,19 @@ class Following:
             self._work.set()
 
     async def _settle_on(self) -> None:
-        """Do what the news ask for, again and again until it is done."""
-        pause_s = _AGAIN_S
+        """Do what the news ask for, again and again until it is done; and look after copies that fall."""
+        pause_s = _LOOK_S
         while True:
             try:
-                async with asyncio.timeout(None if self._done else pause_s):
+                async with asyncio.timeout(pause_s):
                     await self._work.wait()
-                pause_s = _AGAIN_S
             except TimeoutError:
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                if self._settled == self._heard and self._mirror.settled:
+                    pause_s = _LOOK_S
+                    continue
+            pause_s = _AGAIN_S if self._work.is_set() else min(2 * pause_s, _LONGEST_PAUSE_S)
             self._work.clear()
-            version, self._done = self._heard, False
+            version = self._heard
             try:
                 if self._registry_known != self._registry:
                     registry = self._registry
@@ -267,7 +271,7 @@ class Following:
                 known = isinstance(error, RingfortError | OSError)
                 log.warning("news cannot be settled yet: %s", error, exc_info=not known)
                 continue
-            self._done = self._mirror.settled
-            self._settled = max(self._settled, version)
+            if version > self._settled:
+                self._settled = version
+                self._speak.set()
             self._ready.set()
-            self._speak.set()

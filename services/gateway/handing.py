@@ -20,7 +20,7 @@ from shard_router.errors import NotImplementedHere
 HANDED_ON: dict[str, tuple[str, ...]] = {
     "CollectionService": ("Create", "Delete", "SetAlias"),
     "ModelService": ("Register", "SetTraffic", "Promote", "Rollback"),
-    "ClusterService": ("AddShard", "DrainShard", "SetReplicas"),
+    "ClusterService": ("AddShard", "DrainShard", "SetReplicas", "Describe"),
     "IndexService": ("GetJob", "ListJobs", "CancelJob"),
 }
 #: How often a job that is watched is asked after, and how long the head may take to answer.

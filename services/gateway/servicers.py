@@ -386,7 +386,7 @@ class ClusterReads:
         *,
         release: str,
         composition: str,
-        components: Callable[[], Mapping[str, tuple[str, str]]],
+        components: Callable[[], Awaitable[Mapping[str, tuple[str, str]]]],
     ) -> None:
         self._catalog = catalog
         self._cache = cache
@@ -415,7 +415,7 @@ class ClusterReads:
             collections=[self._status(served) for served in self._catalog.of_tenant(call.tenant)],
             components=[
                 pb.Component(name=name, state=state, detail=detail)
-                for name, (state, detail) in self._components().items()
+                for name, (state, detail) in (await self._components()).items()
             ],
         )
 
