@@ -9,6 +9,7 @@ import grpc
 import httpx
 import pytest
 from rpc import Rpc
+from scrape import Scrape
 from up import Up, lend_model
 
 from ringfort import Client
@@ -67,6 +68,12 @@ def web(service: Up) -> Iterator[httpx.Client]:
     """The HTTP face of the shared service."""
     with httpx.Client(base_url=f"http://{service.http}", timeout=30.0) as web:
         yield web
+
+
+@pytest.fixture(scope="session")
+def scrape(service: Up, client: Client) -> Scrape:
+    """The figures of the shared service."""
+    return Scrape(service, client)
 
 
 @pytest.fixture

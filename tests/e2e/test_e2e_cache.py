@@ -202,19 +202,19 @@ def test_a_recommendation_is_remembered_until_a_write(client: Client, filled: st
     assert ask().served_from == "INDEX"
 
 
-def test_the_cache_counts(rpc: Rpc, client: Client, filled: str) -> None:
+def test_the_cache_counts(client: Client, filled: str) -> None:
     def hits() -> int:
-        (tier,) = [t for t in rpc.cluster.CacheStats(pb.CacheStatsRequest()).tiers if t.name == "L1"]
+        (tier,) = [tier for tier in client.cache_stats().tiers if tier.name == "L1"]
         return tier.hits
 
     client.search(filled, text=TEXT)
     before = hits()
     client.search(filled, text=TEXT)
     assert hits() > before
-    superseded = rpc.cluster.CacheStats(pb.CacheStatsRequest()).superseded
+    superseded = client.cache_stats().superseded
     client.delete(filled, ids=["f0"])
     client.search(filled, text=TEXT)
-    assert rpc.cluster.CacheStats(pb.CacheStatsRequest()).superseded > superseded
+    assert client.cache_stats().superseded > superseded
 
 
 def test_hot_keys_tell_what_is_asked_for_and_not_what_it_says(rpc: Rpc, client: Client, filled: str) -> None:
