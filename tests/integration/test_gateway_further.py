@@ -58,13 +58,15 @@ def database_url(postgres_url: str) -> Iterator[str]:
 class Node:
     """A process that holds copies, but for being one."""
 
-    def __init__(self, name: str, directory: Path, url: str, claim: BorrowedClaim) -> None:
-        self.name, self._directory, self._url, self._claim = name, directory, url, claim
+    def __init__(self, name: str, directory: Path, url: str, head: Store) -> None:
+        self.name, self._directory, self._url, self._head = name, directory, url, head
         self.address = ""
 
     async def start(self) -> None:
         self._stack = AsyncExitStack()
-        store = await Store.borrow(self._url, self._claim, pool_size=4)
+        claim = BorrowedClaim()
+        claim.tell(self._head.claim)
+        store = await Store.borrow(self._url, claim, pool_size=4)
         self._stack.push_async_callback(store.close)
         threads = self._stack.enter_context(ThreadPoolExecutor(1))
         shards = LocalShards(
@@ -95,9 +97,7 @@ class House:
     async def start(self) -> None:
         self.store = await Store.open(self._url)
         self.stack.push_async_callback(self.store.close)
-        self.claim = BorrowedClaim()
-        self.claim.tell(self.store.claim)
-        self.nodes = [Node(f"node-{i}", self._directory, self._url, self.claim) for i in range(2)]
+        self.nodes = [Node(f"node-{i}", self._directory, self._url, self.store) for i in range(2)]
         for node in self.nodes:
             await node.start()
             self.stack.push_async_callback(node.stop)
@@ -130,6 +130,8 @@ class House:
 
     async def join(self) -> None:
         """A further gateway; one that was there before is not this one."""
+        self.claim = BorrowedClaim()
+        self.claim.tell(self.store.claim)
         borrowed = await Store.borrow(self._url, self.claim, pool_size=4)
         self.stack.push_async_callback(borrowed.close)
         self.following = Following(
