@@ -11,12 +11,13 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from index_builder.models.manifest import ModelManifest
 from protos.ringfort.internal import v1 as internal
 from protos.ringfort.internal.v1 import head_pb2, siblings_pb2
 from protos.ringfort.internal.v1.embedder_node_pb2_grpc import EmbedderNodeStub
+from protos.ringfort.internal.v1.siblings_pb2_grpc import GatewayStub
 from services.config import Config
 from services.data_dir import DataDir
 from services.deadline import Deadline
@@ -24,7 +25,7 @@ from services.embedded import Embedded
 from services.front import Addresses, Front, Others
 from services.gateway.catalog import Catalog
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint, Shards
-from services.gateway.handing import carry_out
+from services.gateway.handing import OverGateways, carry_out
 from services.gateway.http import listen
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
@@ -37,6 +38,10 @@ from services.membership import Head
 from services.metadata.store import Store
 from services.peers import Peer, Port, own_host
 from services.sibling import SiblingSettings, members_told
+from shard_router.errors import RingfortError
+
+if TYPE_CHECKING:
+    from protos.ringfort.internal.v1.siblings_pb2_grpc import GatewayAsyncStub
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +88,8 @@ class Cluster(Embedded):
         self._served: Catalog | None = None
         self._siblings: Siblings
         self._servicers: Servicers = {}
-        self._further_gateways: list[str] = []
+        #: Further gateways, by name.
+        self._gateways: dict[str, Peer[GatewayAsyncStub]] = {}
         #: How this process's own gateway is told of, beside others.
         self._own_gateway: dict[str, tuple[str, str]] = {}
         self._data_dir: DataDir
@@ -154,7 +160,11 @@ class Cluster(Embedded):
         siblings = self._siblings = Siblings(catalog, self._carry_out, load, clock=time.monotonic)
         self._stack.push_async_callback(siblings.close)
         model_service.on_change.append(siblings.registry_changed)
-        return Others(visible=siblings.visible, share_ports=True)
+        return Others(
+            visible=siblings.visible,
+            caches=lambda own: OverGateways(own, self._ask_gateways),
+            share_ports=True,
+        )
 
     async def _beside(
         self, front: Front, addresses: Addresses, redis_url: str | None, default: ModelManifest
@@ -169,7 +179,10 @@ class Cluster(Embedded):
         port = Port({service: self._siblings}, self._token)
         address = await port.start(f"{own_host(settings.host)}:0")
         self._stack.push_async_callback(port.stop, 0)
-        names = self._further_gateways = [f"gateway-{i}" for i in range(1, settings.gateways)]
+        names = [f"gateway-{i}" for i in range(1, settings.gateways)]
+        self._gateways = {name: Peer(f"gateway {name}", GatewayStub, self._token) for name in names}
+        for peer in self._gateways.values():
+            self._stack.push_async_callback(peer.close)
         ports = gateway.model_copy(update={"grpc": addresses.grpc, "http": addresses.http})
         self._own_gateway = {
             "gateway head": ("running", f"at {addresses.grpc}, alone at http://{addresses.own}")
@@ -200,6 +213,25 @@ class Cluster(Embedded):
             deadline,
             "a gateway",
         )
+
+    async def _ask_gateways(
+        self, service: str, method: str, tenant: str, request: bytes, deadline: Deadline
+    ) -> list[bytes]:
+        """What each further gateway answers for itself; one that cannot be asked is left out."""
+        message = internal.HandOnRequest(service=service, method=method, tenant=tenant, request=request)
+
+        async def ask(peer: "Peer[GatewayAsyncStub]") -> bytes | None:
+            try:
+                with peer.calling() as stub:
+                    left_s = deadline.require(peer.name)
+                    answer = await stub.Ask(message, timeout=left_s, metadata=peer.metadata)
+            except RingfortError as error:
+                log.warning("%s is left out: %s", peer.name, error)
+                return None
+            return bytes(answer.response)
+
+        answers = await asyncio.gather(*map(ask, self._gateways.values()))
+        return [answer for answer in answers if answer is not None]
 
     async def _carry_out(
         self, service: str, method: str, tenant: str, request: bytes, deadline: Deadline
@@ -246,7 +278,7 @@ class Cluster(Embedded):
     def _members(self) -> Mapping[str, tuple[str, str]]:
         settings = self._config.cluster
         expected = [f"shard node-{i}" for i in range(settings.nodes)] + [
-            f"gateway {name}" for name in self._further_gateways
+            f"gateway {name}" for name in self._gateways
         ]
         here = [member for kind in ("shard", "embedder", "gateway") for member in self._head.members(kind)]
         return {**dict.fromkeys(expected, ("away", "")), **members_told(here), **self._own_gateway}
@@ -257,6 +289,8 @@ class Cluster(Embedded):
             self._remote_shards.move(member.name, member.address if here else "")
             if here and self._served is not None:
                 self._served.hurry()
+        elif member.kind == "gateway" and member.name in self._gateways:
+            self._gateways[member.name].move(member.address if here else "")
         elif member.kind == "embedder" and (replicas := self._replicas.get(member.model)) is not None:
             if here:
                 peer = Peer(f"embedder {member.name}", EmbedderNodeStub, self._token)

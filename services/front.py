@@ -32,6 +32,7 @@ from services.gateway.retrieval import Retrieval
 from services.gateway.served import Served
 from services.gateway.server import Server, Servicers
 from services.gateway.servicers import (
+    CacheReads,
     ClusterReads,
     CollectionReads,
     DocumentService,
@@ -70,6 +71,8 @@ class Others:
 
     known: Known = known_here
     visible: Visible = Served.wait_for
+    #: Makes of what answers for this gateway's cache what answers for all.
+    caches: Callable[[CacheReads], object] = lambda own: own
     #: Whether they listen at the same ports.
     share_ports: bool = False
 
@@ -102,6 +105,8 @@ class Front:
         self.server: Server
         #: What answers for each service.
         self.servicers: Servicers = {}
+        #: What answers for this gateway alone.
+        self.alone: Servicers = {}
 
     async def start(
         self, changes: Servicers, http_socket: socket.socket, *further: socket.socket
@@ -131,15 +136,17 @@ class Front:
         search_service = SearchService(retrieval, batch, recommend)
         admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
         cluster = ClusterReads(
-            catalog, cache, answers, Warming(answers), config,
+            catalog, cache, config,
             release=self._release, composition=self._composition, components=self._components,
         )  # fmt: skip
+        caches = CacheReads(catalog, cache, answers, Warming(answers))
+        self.alone = {"ClusterService": (caches,)}
         everywhere: Servicers = {
             "EmbeddingService": (embedding_service,),
             "DocumentService": (DocumentService(ingest, Documents(catalog, gateway.limits)),),
             "SearchService": (search_service,),
             "CollectionService": (CollectionReads(catalog, models),),
-            "ClusterService": (cluster,),
+            "ClusterService": (self._others.caches(caches), cluster),
         }
         self.servicers = {
             name: (*everywhere.get(name, ()), *changes.get(name, ())) for name in {*everywhere, *changes}

@@ -14,6 +14,7 @@ import msgspec
 from index_builder.models.manifest import ModelManifest
 from protos.ringfort import v1 as pb
 from protos.ringfort.internal import v1 as internal
+from protos.ringfort.internal.v1 import siblings_pb2
 from protos.ringfort.internal.v1.embedder_node_pb2_grpc import EmbedderNodeStub
 from services import tasks
 from services.cache.tier import CacheTier
@@ -21,7 +22,7 @@ from services.config import Config
 from services.deadline import Deadline
 from services.front import Front, Others, cached, models_of, open_cache
 from services.gateway.following import Following
-from services.gateway.handing import HandedOn, WatchedJobs
+from services.gateway.handing import OVER_ALL, HandedOn, OfTheHead, WatchedJobs, carry_out
 from services.gateway.http import listen
 from services.gateway.mirror import Mirror
 from services.gateway.model_service import ModelService
@@ -32,7 +33,7 @@ from services.gateway.remote_shards import RemoteShards
 from services.membership import Membership
 from services.metadata.ownership import BorrowedClaim
 from services.metadata.store import Store
-from services.peers import Peer
+from services.peers import Peer, Port, own_host
 from services.telemetry import log_to
 from shard_router.errors import EmbedderUnavailable, RingfortError
 
@@ -115,9 +116,12 @@ class Sibling:
         stack.push_async_callback(self._shards.close)
         stack.push_async_callback(self._end_models)
         here = internal.Member(
-            kind="listener", name=settings.name, address=gateway.grpc, pid=os.getpid(),
+            kind="listener",
+            name=settings.name,
+            address="nowhere yet",
+            pid=os.getpid(),
             http="{}:{}".format(*own.getsockname()[:2]),
-        )  # fmt: skip
+        )
         listening = Membership(settings.head, settings.token, here, self._hear)
         stack.push_async_callback(listening.close)
         deadline = Deadline.after(JOIN_S)
@@ -140,9 +144,15 @@ class Sibling:
         stack.push_async_callback(following.close)
         following.begin(mirror, model_service.open)
         await following.ready(deadline)
+        others = Others(
+            following.known,
+            following.visible,
+            lambda own: OfTheHead(own, following.hand_on),
+            share_ports=True,
+        )
         self._front = front = Front(
             config, stack, store=store, catalog=mirror, cache=cache, default=default, models=models,
-            rankers=rankers, others=Others(following.known, following.visible, share_ports=True),
+            rankers=rankers, others=others,
             release=settings.release, composition="cluster", components=self._components,
         )  # fmt: skip
         front.telemetry.parts.add("siblings", following.stats)
@@ -157,11 +167,23 @@ class Sibling:
         addresses = await front.start(changes, shared, own)
         looking = asyncio.create_task(self._look_on(), name="health")
         stack.push_async_callback(tasks.end, looking)
+        service = siblings_pb2.DESCRIPTOR.services_by_name["Gateway"]
+        port = Port({service: self}, settings.token)
+        here.address = await port.start(f"{own_host(config.cluster.host)}:0")
+        stack.push_async_callback(port.stop, 0)
         here.kind = "gateway"
         membership = Membership(settings.head, settings.token, here, lambda _: None)
         stack.push_async_callback(membership.close)
         await membership.joined(deadline)
         return addresses.grpc
+
+    async def Ask(self, request: internal.HandOnRequest, deadline: Deadline) -> internal.HandOnResponse:
+        """What this gateway alone answers to a call."""
+        response = await carry_out(
+            self._front.alone, request.service, request.method, request.tenant, request.request, deadline,
+            OVER_ALL,
+        )  # fmt: skip
+        return internal.HandOnResponse(response=response)
 
     def _hear(self, word: internal.Word) -> None:
         """Who takes part now, and what the claim to the database is."""

@@ -374,14 +374,12 @@ def job_message(job: Job) -> pb.Job:
 
 
 class ClusterReads:
-    """What runs, how it is, and what is cached."""
+    """What runs, how it is, and what is asked for most."""
 
     def __init__(
         self,
         catalog: Directory,
         cache: CacheTier,
-        answers: Answers,
-        warming: Warming,
         config: Config,
         *,
         release: str,
@@ -390,8 +388,6 @@ class ClusterReads:
     ) -> None:
         self._catalog = catalog
         self._cache = cache
-        self._answers = answers
-        self._warming = warming
         self._config = config
         self._release, self._composition = release, composition
         self._components = components
@@ -436,27 +432,6 @@ class ClusterReads:
                 )
             )
         return pb.HotKeysResponse(keys=hot[:limit])
-
-    async def WarmCache(self, request: pb.WarmCacheRequest, call: Call) -> pb.WarmCacheResponse:
-        served = self._catalog.resolve(call.tenant, request.collection)
-        limit, rate = request.limit or DEFAULT_WARMED, request.rate or DEFAULT_WARMED
-        if not 0 < rate <= MAX_WARM_RATE:
-            raise InvalidField("rate", f"{rate} is not between 0 and {MAX_WARM_RATE}")
-        warmed = await self._warming.warm(served, limit=limit, rate=rate, deadline=call.deadline)
-        return pb.WarmCacheResponse(
-            known=warmed.known, computed=warmed.computed, failed=warmed.failed, left=warmed.left
-        )
-
-    async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
-        answers, cache = self._answers.stats(), self._cache.stats()
-        avoided = answers["recomputes_avoided_total"] + cache["lease_recomputes_avoided_total"]
-        return pb.CacheStatsResponse(
-            tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
-            superseded=int(answers["superseded_total"]),
-            stampedes_avoided=int(avoided),
-            refreshed_early=int(answers["refreshed_total"]),
-            gateways=1 + int(cache["other_gateways"]),
-        )
 
     @staticmethod
     def _status(served: Served) -> pb.CollectionStatus:
@@ -505,6 +480,37 @@ class ClusterReads:
             replicas=sorted(replicas, key=lambda each: (each.shard, each.replica)),
             shard_map=type(map_state).__name__.lower(),
             moving_slots=0 if isinstance(map_state, Steady) else sum(map(len, map_state.gains.values())),
+        )
+
+
+class CacheReads:
+    """What this gateway's cache holds and has done, and what it computes before somebody waits for it."""
+
+    def __init__(self, catalog: Directory, cache: CacheTier, answers: Answers, warming: Warming) -> None:
+        self._catalog = catalog
+        self._cache = cache
+        self._answers = answers
+        self._warming = warming
+
+    async def WarmCache(self, request: pb.WarmCacheRequest, call: Call) -> pb.WarmCacheResponse:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        limit, rate = request.limit or DEFAULT_WARMED, request.rate or DEFAULT_WARMED
+        if not 0 < rate <= MAX_WARM_RATE:
+            raise InvalidField("rate", f"{rate} is not between 0 and {MAX_WARM_RATE}")
+        warmed = await self._warming.warm(served, limit=limit, rate=rate, deadline=call.deadline)
+        return pb.WarmCacheResponse(
+            known=warmed.known, computed=warmed.computed, failed=warmed.failed, left=warmed.left
+        )
+
+    async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
+        answers, cache = self._answers.stats(), self._cache.stats()
+        avoided = answers["recomputes_avoided_total"] + cache["lease_recomputes_avoided_total"]
+        return pb.CacheStatsResponse(
+            tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
+            superseded=int(answers["superseded_total"]),
+            stampedes_avoided=int(avoided),
+            refreshed_early=int(answers["refreshed_total"]),
+            gateways=1 + int(cache["other_gateways"]),
         )
 
 

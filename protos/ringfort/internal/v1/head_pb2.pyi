@@ -53,7 +53,7 @@ class Member(_message.Message):
     name: _builtins.str
     """Its own among those of its kind, the same after a restart."""
     address: _builtins.str
-    """HOST:PORT of its internal server; of a gateway, where callers find it and others."""
+    """HOST:PORT of its internal server."""
     model: _builtins.str
     """Embedders: NAME@VERSION."""
     pid: _builtins.int

@@ -236,3 +236,79 @@ class Siblings:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class GatewayStub:
+    """A further gateway, as the head asks it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Ask = channel.unary_unary(
+                '/ringfort.internal.v1.Gateway/Ask',
+                request_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_siblings__pb2.HandOnRequest.SerializeToString,
+                response_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_siblings__pb2.HandOnResponse.FromString,
+                _registered_method=True)
+
+
+class GatewayServicer:
+    """A further gateway, as the head asks it.
+    """
+
+    def Ask(self, request, context):
+        """A call that every gateway answers for itself alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_GatewayServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Ask': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ask,
+                    request_deserializer=protos_dot_ringfort_dot_internal_dot_v1_dot_siblings__pb2.HandOnRequest.FromString,
+                    response_serializer=protos_dot_ringfort_dot_internal_dot_v1_dot_siblings__pb2.HandOnResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ringfort.internal.v1.Gateway', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ringfort.internal.v1.Gateway', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Gateway:
+    """A further gateway, as the head asks it.
+    """
+
+    @staticmethod
+    def Ask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ringfort.internal.v1.Gateway/Ask',
+            protos_dot_ringfort_dot_internal_dot_v1_dot_siblings__pb2.HandOnRequest.SerializeToString,
+            protos_dot_ringfort_dot_internal_dot_v1_dot_siblings__pb2.HandOnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -110,3 +110,34 @@ class SiblingsServicer(metaclass=_abc_1.ABCMeta):
         """Have processes of a model running."""
 
 def add_SiblingsServicer_to_server(servicer: SiblingsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class GatewayStub:
+    """A further gateway, as the head asks it."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> GatewayAsyncStub: ...
+    Ask: _grpc.UnaryUnaryMultiCallable[_siblings_pb2.HandOnRequest, _siblings_pb2.HandOnResponse]
+    """A call that every gateway answers for itself alone."""
+
+@_typing.type_check_only
+class GatewayAsyncStub(GatewayStub):
+    """A further gateway, as the head asks it."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Ask: _aio.UnaryUnaryMultiCallable[_siblings_pb2.HandOnRequest, _siblings_pb2.HandOnResponse]  # type: ignore[assignment]
+    """A call that every gateway answers for itself alone."""
+
+class GatewayServicer(metaclass=_abc_1.ABCMeta):
+    """A further gateway, as the head asks it."""
+
+    @_abc_1.abstractmethod
+    def Ask(
+        self,
+        request: _siblings_pb2.HandOnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_siblings_pb2.HandOnResponse, _abc.Awaitable[_siblings_pb2.HandOnResponse]]:
+        """A call that every gateway answers for itself alone."""
+
+def add_GatewayServicer_to_server(servicer: GatewayServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
