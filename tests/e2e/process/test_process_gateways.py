@@ -28,9 +28,9 @@ from services.gateway.siblings import LEASE_S
 LAUNCHER = os.environ.get("COMPOSITION", "processes")
 ENVIRONMENT = {"RINGFORT_CLUSTER__LAUNCHER": LAUNCHER, "RINGFORT_SHARD__MEMTABLE_ROWS": "500"}
 DIM = 8
-WRITERS, READERS = 4, 2
+WRITERS, READERS = 6, 2
 #: Of one document.
-VERSIONS = 40
+VERSIONS = 20
 READS = 50
 BACK_WITHIN_S = 90.0
 QUERY = np.ones(DIM, np.float32)
