@@ -24,7 +24,7 @@ _POOL, _POSTGRES = stage("pool"), stage("postgres")
 
 #: Callers that may wait for a connection; beyond it they are refused.
 WAITING_LIMIT = 256
-#: Whoever stops in the middle of a transaction keeps others from the log it writes to for no longer than this.
+#: Whoever stops in the middle of a transaction keeps others from the log that it writes to for no longer.
 STOPPED_MS = 2_000
 #: A server that gives no connection for so long is away.
 CONNECT_WAIT_S = 2.0
