@@ -3,7 +3,7 @@
 Whoever commits tells every gateway that holds a lease, and answers a VISIBLE write once each of them has said
 that it heard, or its lease is over (architecture.md, "Slots, shards, replicas"). So a gateway with a valid
 lease knows of every write that was acknowledged so. Leases are Gray and Cheriton's (1989): the holder counts
-from when it sent the renewal, the granter from when it answered, each on a clock of its own. A cache needs no
+from when it sent the renewal, the granter from when that came, each on a clock of its own. A cache needs no
 more than this to say "nothing later is known", and must not take it from Redis, which may forget.
 """
 

@@ -1,8 +1,9 @@
 """Who holds a lease, and what each has said that it goes by: whom something has to wait for, decided.
 
 A lease is a promise to its holder: nobody is told that something is done before the holder has said that it
-heard of it, as long as the lease lasts (Gray and Cheriton, 1989). The granter counts it from when it answered
-the renewal, and a little longer than the holder, who counts from when it sent it by a clock that may be slow.
+heard of it, as long as the lease lasts (Gray and Cheriton, 1989). The granter counts it from when the renewal
+came, and a little longer than the holder, who counts from when it sent it, by a clock that may be slow. A
+holder that says nothing any more loses it, however much it is told.
 """
 
 #: By how much the clock of one machine may be slower than another's, as a share.
@@ -22,9 +23,9 @@ class Holders:
         self._heard: dict[str, int] = {}
         self._settled: dict[str, int] = {}
 
-    def grant(self, holder: str, now_s: float) -> None:
-        """A renewal is answered now."""
-        self._until_s[holder] = now_s + self._granted_s
+    def grant(self, holder: str, came_s: float, now_s: float) -> None:
+        """A renewal that came then is answered now."""
+        self._until_s[holder] = max(came_s + self._granted_s, self._until_s.get(holder, came_s))
         # Those whose lease is over are not waited for whatever they heard.
         for other in [other for other, until_s in self._until_s.items() if until_s <= now_s]:
             self.leave(other)

@@ -107,7 +107,7 @@ class Siblings:
         first = await anext(requests)
         if not first.gateway:
             raise InvalidField("gateway", "is missing")
-        heard = _Heard(first)
+        heard = _Heard(first, self._clock())
         listening = asyncio.ensure_future(self._listen(first.gateway, requests, heard))
         sent, granted_s = 0, float("-inf")
         try:
@@ -121,7 +121,7 @@ class Siblings:
                     told.beat = heard.beat
                     sent, granted_s = told.version, now_s
                     # From here on it is waited for, before it can rely on that.
-                    self._holders.grant(first.gateway, now_s)
+                    self._holders.grant(first.gateway, heard.came_s, now_s)
                     yield told
                     continue
                 waiting = [asyncio.ensure_future(each.wait()) for each in (coming, heard.beaten)]
@@ -228,7 +228,7 @@ class Siblings:
                 self._speak()
                 return
             self._holders.heard(gateway, request.heard, request.settled)
-            heard.beat = request.beat
+            heard.beat, heard.came_s = request.beat, self._clock()
             heard.beaten.set()
             self._speak()
 
@@ -290,7 +290,8 @@ class Siblings:
             else:
                 self._opened += 1
                 opened[copy] = self._opened
-        positions = {served.log_id: 0}
+        # All that was visible before anybody was told of anything.
+        positions = {served.log_id: served.position}
         moved = version = self._tell()
         if told is not None and told.positions.keys() == positions.keys():
             positions, moved = told.positions, told.moved
@@ -332,6 +333,6 @@ class Siblings:
 class _Heard:
     """What a gateway has sent last."""
 
-    def __init__(self, first: internal.FollowRequest) -> None:
-        self.beat = first.beat
+    def __init__(self, first: internal.FollowRequest, came_s: float) -> None:
+        self.beat, self.came_s = first.beat, came_s
         self.beaten = asyncio.Event()

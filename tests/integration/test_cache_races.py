@@ -171,7 +171,7 @@ async def test_an_answer_of_another_log_is_never_served(two):
     assert (await one.ask(asked, search)).body == b"50"
     # Restored from a backup: positions begin again at 5, and pass 50 in the end.
     for gateway, mark in ((one, watermark), (other, others)):
-        mark.renewed(1.0, "restored", 5)
+        mark.renewed(1.0, {"restored": 5})
         gateway.served = SimpleNamespace(log_id="restored", position=5, collection=gateway.served.collection)
     search.latest = 5
     for gateway in (one, other):

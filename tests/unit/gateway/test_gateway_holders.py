@@ -9,7 +9,7 @@ LASTS_S = LEASE_S * (1 + DRIFT)
 def granted(*names: str, now_s: float = 100.0) -> Holders:
     holders = Holders(LEASE_S, now_s=0.0)
     for name in names:
-        holders.grant(name, now_s)
+        holders.grant(name, now_s, now_s)
     return holders
 
 
@@ -64,14 +64,26 @@ def test_what_a_holder_had_heard_counts_no_more_after_its_lease_was_over():
     holders = granted("one")
     holders.heard("one", 5, 5)
     later_s = 100.0 + LASTS_S
-    holders.grant("two", later_s)
+    holders.grant("two", later_s, later_s)
     assert holders.leased(later_s) == {"two"}
-    holders.grant("one", later_s)
+    holders.grant("one", later_s, later_s)
     assert holders.wait_until_s(5, later_s) == later_s + LASTS_S
 
 
 def test_what_one_without_a_lease_says_is_not_remembered():
     holders = granted()
     holders.heard("stranger", 9, 9)
-    holders.grant("stranger", 101.0)
+    holders.grant("stranger", 101.0, 101.0)
     assert holders.wait_until_s(9, 101.0) == 101.0 + LASTS_S
+
+
+def test_who_says_nothing_any_more_loses_its_lease_however_much_it_is_told():
+    holders = granted("one")
+    holders.grant("one", 100.0, 105.0)
+    assert holders.wait_until_s(1, 105.0) == 100.0 + LASTS_S
+
+
+def test_a_renewal_that_comes_late_shortens_nothing():
+    holders = granted("one")
+    holders.grant("one", 95.0, 101.0)
+    assert holders.wait_until_s(1, 101.0) == 100.0 + LASTS_S
