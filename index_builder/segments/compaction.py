@@ -11,8 +11,8 @@ from index_builder.segments.index_spec import GRAPH_ROWS, IndexKind, kind_for
 FACTOR = 8
 #: A segment with a smaller share of live rows is rewritten.
 LIVE_SHARE = 0.5
-#: Flat rows beside a graph that are so large a part of its live rows are linked into it: comparing 8,192 codes
-#: takes half as long as walking a graph of any size.
+#: Flat rows beside a graph that come to such a part of its live rows are linked into it: comparing 8,192
+#: codes takes half as long as walking a graph of any size.
 BESIDE_SHARE = 1 / 4
 #: No merge makes a segment of more rows, or of more codes of one byte a dimension: those are in memory
 #: while a graph of them is built.
@@ -116,7 +116,7 @@ def _fitting(segments: Sequence[SegmentFacts], most_rows: int) -> list[SegmentFa
 def _with_a_graph(
     flat: Sequence[SegmentFacts], segments: Sequence[SegmentFacts], most_rows: int
 ) -> list[SegmentFacts]:
-    """The flat ones and the smallest graph, in their order; empty where they are little beside it, or too many."""
+    """The flat ones and the smallest graph, in order; none where they are few beside it, or too many."""
     graphs = [segment for segment in segments if segment.kind is not IndexKind.FLAT]
     if not graphs:
         return []

@@ -13,6 +13,8 @@ from shard_router.resharding import Copy
 from shard_router.shard_map import MapState, ShardMap
 
 T = TypeVar("T")
+#: Returns when the copies certainly have what was told to be visible, before a deadline.
+Assure = Callable[[Deadline], Awaitable[None]]
 
 
 class Served:
@@ -36,6 +38,8 @@ class Served:
         self.growing_to = 0
         #: Copies are opened and closed by one at a time.
         self.reconciling = asyncio.Lock()
+        #: Makes sure that the copies have what everybody was told is visible; None where nobody else tells.
+        self.assure: Assure | None = None
         #: Told of every copy that has joined (True), or is about to leave.
         self.on_copy: list[Callable[[Copy, bool], None]] = []
         #: The latest epoch that a commit told of; and set whenever `state` changes.
@@ -108,6 +112,12 @@ class Served:
             if delta is None or not replica.offer(delta):
                 replica.wake()
 
+    def heard(self, position: int) -> None:
+        """The log has come so far, by a write of another gateway, which has handed its rows to the copies."""
+        self._acknowledged = max(self._acknowledged, position)
+        for replica in self.joining:
+            replica.wake()
+
     @property
     def position(self) -> int:
         """The latest log position known: all that was acknowledged here, all that a replica has read."""
@@ -166,6 +176,8 @@ class Served:
 
         ShardUnavailable where a shard has no copy that is up; DeadlineExceeded; what a copy raises.
         """
+        if self.assure is not None:
+            await self.assure(deadline)
         attempt = failures = 0
         while True:
             try:
@@ -212,6 +224,12 @@ class Served:
             await settle(replica, state, copy.shard)
         self._turned.set()
         return left
+
+    def follow(self, state: MapState) -> None:
+        """Go by another state of the map, over to which somebody else leads the copies."""
+        if state.epoch >= self.state.epoch:
+            self.state = state
+            self._turned.set()
 
     def require_token(self, positions: Mapping[str, int]) -> int:
         """The position a read token asks for, 0 for an empty one; UnknownLog if it is of another log."""
