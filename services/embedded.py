@@ -59,6 +59,7 @@ from services.telemetry import Telemetry, log_to
 from services.tracing import Tracing, TracingUnavailable
 from shard_router import filters
 from shard_router.errors import RingfortError
+from shard_router.model import HOME
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Embedded:
         )  # fmt: skip
         embedding_service = EmbeddingService(models, self._config)
         search_service = SearchService(retrieval, batch, recommend)
-        components = functools.partial(self._components, supervisor, cache)
+        components = functools.partial(self._components, supervisor, store, cache)
         admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
         server = Server(
             gateway,
@@ -174,6 +175,7 @@ class Embedded:
         telemetry.parts.add_each("model", models.stats_of_each)
         telemetry.parts.add_each("ranker", rankers.stats_of_each)
         telemetry.parts.add_each("collection", catalog.stats_of_each)
+        telemetry.parts.add_each("partition", store.stats_of_each)
 
         async def ready() -> str:
             try:
@@ -225,6 +227,7 @@ class Embedded:
             self._postgres_url = settings.metadata.postgres_url or await supervisor.start_postgres()
             return await Store.open(
                 self._postgres_url,
+                partitions=settings.metadata.partitions,
                 pool_size=settings.metadata.pool_size,
                 statement_timeout_ms=settings.metadata.statement_timeout_ms,
                 tombstone_ttl_s=settings.metadata.tombstone_ttl_s,
@@ -320,10 +323,15 @@ class Embedded:
             max_bytes=self._config.embedder.models_bytes,
         )
 
-    def _components(self, supervisor: Supervisor, cache: CacheTier) -> Mapping[str, tuple[str, str]]:
+    def _components(
+        self, supervisor: Supervisor, store: Store, cache: CacheTier
+    ) -> Mapping[str, tuple[str, str]]:
         states = {name: (state, "child process") for name, state in supervisor.state().items()}
         if self._config.metadata.postgres_url:
             states["postgres"] = ("external", "by URL")
+        for name, away in store.databases.items():
+            if name != HOME:
+                states[f"postgres {name}"] = ("away", away) if away else ("external", "by URL")
         states["cache"] = next(
             ((str(tier["state"]), "Redis tier") for tier in cache.tiers() if tier["name"] == "REDIS"),
             ("off", "Redis tier"),

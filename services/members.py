@@ -52,6 +52,8 @@ class ShardNodeSettings(msgspec.Struct, frozen=True, tag="shard"):
     #: Its segments and logs; nobody else's.
     directory: str
     postgres_url: str
+    #: Further databases, by name.
+    partitions: dict[str, str]
     memtable_rows: int
     graph_rows: int
     child_rows: int
@@ -114,7 +116,13 @@ class Member:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_to(directory / "logs")
         claim = BorrowedClaim()
-        store = await Store.borrow(settings.postgres_url, claim, pool_size=_POOL_SIZE)
+        claims = {name: BorrowedClaim() for name in settings.partitions}
+        store = await Store.borrow(
+            settings.postgres_url,
+            claim,
+            partitions={name: (url, claims[name]) for name, url in settings.partitions.items()},
+            pool_size=_POOL_SIZE,
+        )
         self._stack.push_async_callback(store.close)
         threads = ThreadPoolExecutor(settings.threads or usable_cpus(), thread_name_prefix="search")
         self._stack.callback(threads.shutdown)
@@ -134,6 +142,8 @@ class Member:
 
         def hear(word: internal.Word) -> None:
             claim.tell(claim_from(word.claim))
+            for name, told in word.partitions.items():
+                claims[name].tell(claim_from(told))
 
         port = Port({service: node}, settings.token)
         address = await self._join(port, internal.Member(kind="shard"), hear)
@@ -169,6 +179,11 @@ class Member:
 def claim_on_wire(claim: Claim) -> internal.Claim:
     """A claim as a message."""
     return internal.Claim(id=claim.id.bytes, log_id=claim.log_id, term=claim.term, identity=claim.identity)
+
+
+def claims_on_wire(store: Store) -> Mapping[str, internal.Claim]:
+    """The claims to the partitions that were there so far."""
+    return {name: claim_on_wire(claim) for name, claim in store.claims.items()}
 
 
 def claim_from(message: internal.Claim) -> Claim:

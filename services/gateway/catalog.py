@@ -14,10 +14,10 @@ from typing import TypeVar
 from services import tasks
 from services.deadline import Deadline
 from services.gateway.endpoints import Shards
-from services.gateway.served import Served, settle
+from services.gateway.served import Served
 from services.metadata.store import Store
-from shard_router.errors import NotFound, RingfortError, Unavailable
-from shard_router.model import Collection, Metric, Schema
+from shard_router.errors import NotFound, RingfortError, StorageUnavailable, Unavailable
+from shard_router.model import HOME, Collection, Metric, Schema
 from shard_router.resharding import Copy
 from shard_router.shard_map import MapState
 
@@ -94,9 +94,13 @@ class Catalog:
                 if copy not in wanted or replica.fell.is_set():
                     await served.leave(copy).close()
                 if copy not in wanted:
-                    await self._shards.forget(served.collection, copy.shard, copy.replica)
-            for shard in [shard for shard in served.replicas if shard not in state.shards]:
-                del served.replicas[shard]
+                    await self._shards.forget(
+                        served.collection, copy.shard, copy.replica, database=copy.database
+                    )
+            for log in served.logs.values():
+                log.forget(state.shards)
+            discarded, served.discarded = served.discarded, []
+            await asyncio.gather(*(replica.close() for replica in discarded))
             here = {copy for copy, _ in served.copies()}
             opening = [self._join(served, copy) for copy in sorted(wanted - here)]
             results = await asyncio.gather(*opening, return_exceptions=True)
@@ -122,6 +126,8 @@ class Catalog:
         found = self._by_name.get((tenant, name)) or self._by_alias.get((tenant, name))
         if found is None:
             raise NotFound("collection", name, field)
+        if len(found.logs) > 1:
+            self._discard(found)
         return found
 
     async def create(
@@ -169,7 +175,8 @@ class Catalog:
                 await self.store.delete_collection(tenant, name)
             except BaseException:
                 # Still there, as far as we know; the review opens it again.
-                served.replicas.clear()
+                for log in served.logs.values():
+                    log.replicas.clear()
                 self._index(served)
                 raise
             await self._shards.forget_all(served.collection)
@@ -267,6 +274,8 @@ class Catalog:
         failures: list[Exception] = []
         for served in self.all():
             try:
+                self._discard(served)
+                await self._attach(served)
                 if served.outdated:
                     await self.turn(served, await self.store.shard_maps.get(served.collection))
                 if served.wants_copies and not served.reconciling.locked():
@@ -277,44 +286,77 @@ class Catalog:
             raise failures[0]
 
     async def _open(self, collection: Collection) -> Served:
-        served = Served(collection, await self.store.shard_maps.get(collection), self.store.log_id)
+        served = Served(collection, await self.store.shard_maps.get(collection))
         try:
-            await self.reconcile(served)
-            served.committed(await self.store.position(collection), None)
+            await self._attach(served)
+            try:
+                await self.reconcile(served)
+            except StorageUnavailable as away:
+                if not served.wanted(HOME) <= {copy for copy, _ in served.copies()}:
+                    raise
+                log.warning("%s is opened in part: %s", collection.name, away)
         except BaseException:
             await _close(served)
             raise
         return served
 
+    async def _attach(self, served: Served) -> None:
+        """Learn of the logs that are not known; of one in a partition that is away, when that has come."""
+        for following in served.logs.values():
+            if following.log_id:
+                continue
+            try:
+                following.attach(*await self.store.attach(served.collection, following.database))
+            except StorageUnavailable as away:
+                if following.database == HOME:
+                    raise
+                if self.store.log_id_of(following.database):
+                    log.warning("a log of %s cannot be followed: %s", served.collection.name, away)
+
+    def _discard(self, served: Served) -> None:
+        """Follow no log any more that its database has exchanged; the review attaches the new one."""
+        for following in list(served.logs.values()):
+            if following.log_id and following.log_id != self.store.log_id_of(following.database):
+                log.warning(
+                    "database %s holds another log of %s than before",
+                    following.database,
+                    served.collection.name,
+                )
+                served.discard(following.database)
+                self.hurry()
+
     async def _join(self, served: Served, copy: Copy) -> None:
         """Open a copy, and let it be asked as soon as it has everything that is known of the log."""
-        state = served.state
+        state, following = served.state, served.logs[copy.database]
         replica = await self._shards.open(
-            served.collection, copy.shard, copy.replica,
-            slots=state.served_by(copy.shard), epoch=state.epoch, log_id=served.log_id,
+            served.collection, copy.shard, copy.replica, database=copy.database,
+            slots=served.slots_of(copy), epoch=state.epoch, log_id=following.log_id,
         )  # fmt: skip
-        served.joining.add(replica)
+        following.joining.add(replica)
         try:
             deadline = Deadline.after(JOIN_S)
-            while True:
-                state, position = served.state, served.position
-                await replica.backfill(state.served_by(copy.shard))
+            while served.logs[copy.database] is following:
+                state, position = served.state, following.position
+                await replica.backfill(served.slots_of(copy))
                 replica.wake()
                 if not await replica.wait_for(position, deadline):
                     raise Unavailable(f"shard {copy.shard} of {served.collection.name} cannot catch up")
-                if served.state is state and served.position <= max(position, replica.position):
-                    await settle(replica, state, copy.shard)
-                    served.join(copy, replica)
-                    return
+                if served.state is state and following.position <= max(position, replica.position):
+                    await served.settle(replica, copy)
+                    if served.logs[copy.database] is following:
+                        served.join(copy, replica)
+                        return
+            raise Unavailable(f"database {copy.database} holds another log than before")
         except BaseException:
             await replica.close()
             raise
         finally:
-            served.joining.discard(replica)
+            following.joining.discard(replica)
 
 
 async def _close(served: Served) -> None:
-    await asyncio.gather(*(replica.close() for _, replica in served.copies()))
+    discarded, served.discarded = served.discarded, []
+    await asyncio.gather(*(replica.close() for replica in (*discarded, *(its for _, its in served.copies()))))
 
 
 async def _all_or_none(opening: Iterable[Awaitable[T]], close: Callable[[T], Awaitable[None]]) -> Sequence[T]:

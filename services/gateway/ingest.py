@@ -4,7 +4,6 @@ One bad document fails alone; a call in which every document is bad fails as a w
 document is written.
 """
 
-import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -21,16 +20,16 @@ from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.gateway.catalog import Catalog, Served
-from services.gateway.committer import Committed, Committer
+from services.gateway.committers import Committers, Submission
 from services.gateway.models import Models
 from services.gateway.streams import in_order
 from services.gateway.turns import Turns
 from services.telemetry import stage
-from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, VersionConflict
+from shard_router.errors import InvalidField, RingfortError, VersionConflict
 from shard_router.filters import Filter, check
 from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, Write, WriteOutcome
 
-_COMMIT, _VISIBLE = stage("commit"), stage("visible")
+_VISIBLE = stage("visible")
 
 Response = TypeVar("Response", pb.UpsertResponse, pb.PatchResponse)
 
@@ -103,9 +102,8 @@ class Ingest:
         self._catalog = catalog
         self._models = models
         self._limits = limits
-        self._committers: dict[int, Committer] = {}
+        self._committers = Committers(catalog)
         self._turns = Turns()
-        catalog.on_drop.append(self._drop)
 
     async def upsert(self, request: pb.UpsertRequest, tenant: str, deadline: Deadline) -> pb.UpsertResponse:
         """Replace whole documents; a status each, in order."""
@@ -118,7 +116,7 @@ class Ingest:
     ) -> AsyncIterator[pb.UpsertResponse]:
         """The same for a stream: batches are embedded side by side and committed in order."""
 
-        async def queued() -> AsyncIterator[tuple[_Checked, "asyncio.Future[Committed] | None"]]:
+        async def queued() -> AsyncIterator[tuple[_Checked, Submission]]:
             checks = in_order(requests, lambda r: self._check_upsert(r, tenant, deadline), STREAM_BATCHES)
             async with aclosing(checks):
                 async for checked in checks:
@@ -155,8 +153,11 @@ class Ingest:
         if request.ids:
             wire.check_rows(request.ids, "ids", self._limits.max_batch_rows)
             ids = wire.keys(request.ids, "ids", self._limits.max_id_bytes)
-            done = await self._wait(self._committer(served).submit([Remove(id) for id in ids]), deadline)
-            deleted, upto = sum(outcome.version is not None for outcome in done.outcomes), done.upto
+            done = await self._committers.submit(served, [Remove(id) for id in ids]).committed(deadline)
+            for i, outcome in enumerate(done.outcomes):
+                if outcome.error is not None:
+                    raise outcome.error.within(f"ids[{i}]")
+            deleted, upto = sum(outcome.version is not None for outcome in done.outcomes), done.positions
         else:
             filter = wire.filter_from(request.filter)
             if filter is None:
@@ -166,23 +167,12 @@ class Ingest:
         return pb.DeleteResponse(
             deleted=deleted,
             visible=request.wait == pb.VISIBLE and await served.wait_for(upto, deadline),
-            token=wire.token_on_wire({served.log_id: upto}),
+            token=wire.token_on_wire(upto),
         )
 
     async def close(self) -> None:
         """Commit what waits and end."""
-        await asyncio.gather(*(committer.close() for committer in self._committers.values()))
-
-    async def _drop(self, served: Served) -> None:
-        committer = self._committers.pop(served.collection.uid, None)
-        if committer is not None:
-            await committer.close()
-
-    def _committer(self, served: Served) -> Committer:
-        committer = self._committers.get(served.collection.uid)
-        if committer is None:
-            committer = self._committers[served.collection.uid] = Committer(self._catalog.store, served)
-        return committer
+        await self._committers.close()
 
     async def _check_upsert(self, request: pb.UpsertRequest, tenant: str, deadline: Deadline) -> _Checked:
         served = self._catalog.resolve(tenant, request.collection)
@@ -265,9 +255,11 @@ class Ingest:
         if_version = wire.version_from(patch.if_version) if patch.HasField("if_version") else None
         return Patch(patch.id, attributes, tuple(patch.clear), if_version)
 
-    async def _delete_matching(self, served: Served, filter: Filter, deadline: Deadline) -> tuple[int, int]:
+    async def _delete_matching(
+        self, served: Served, filter: Filter, deadline: Deadline
+    ) -> tuple[int, dict[str, int]]:
         deleted = 0
-        upto = await self._catalog.store.position(served.collection)
+        upto = served.by_log(await self._catalog.store.positions(served.collection))
         while True:
             if not await served.wait_for(upto, deadline):
                 deadline.require("waiting for the shards")
@@ -279,21 +271,21 @@ class Ingest:
                 return deleted, upto
             # By version: a document that changed meanwhile is looked at again in the next round.
             writes = [Remove(id, version) for id, version in found]
-            done = await self._wait(self._committer(served).submit(writes), deadline)
+            done = await self._committers.submit(served, writes).committed(deadline)
             deleted += sum(outcome.version is not None for outcome in done.outcomes)
-            upto = max(upto, done.upto)
+            upto |= {log: max(upto.get(log, 0), position) for log, position in done.positions.items()}
             for outcome in done.outcomes:
                 if outcome.error is not None and not isinstance(outcome.error, VersionConflict):
                     raise outcome.error
 
-    def _submit(self, checked: _Checked) -> "asyncio.Future[Committed] | None":
+    def _submit(self, checked: _Checked) -> Submission:
         writes = [write for write in checked.writes if not isinstance(write, RingfortError)]
-        return self._committer(checked.served).submit(writes) if writes else None
+        return self._committers.submit(checked.served, writes)
 
     async def _finish(
         self,
         checked: _Checked,
-        committing: "asyncio.Future[Committed] | None",
+        committing: Submission,
         deadline: Deadline,
         *,
         refuse_all: bool = False,
@@ -302,7 +294,7 @@ class Ingest:
 
         With `refuse_all`, a call of which every write was refused fails with the first one's error.
         """
-        done = await self._wait(committing, deadline) if committing is not None else Committed((), 0)
+        done = await committing.committed(deadline)
         left = iter(done.outcomes)
         outcomes = [
             WriteOutcome(error=write) if isinstance(write, RingfortError) else next(left)
@@ -316,17 +308,7 @@ class Ingest:
         visible = False
         if checked.wait == pb.VISIBLE:
             began_s = time.perf_counter()
-            visible = await checked.served.wait_for(done.upto, deadline)
+            visible = await checked.served.wait_for(done.positions, deadline)
             _VISIBLE.took(time.perf_counter() - began_s)
-        token = wire.token_on_wire({checked.served.log_id: done.upto}) if done.upto else None
+        token = wire.token_on_wire(done.positions) if any(done.positions.values()) else None
         return _Written(checked.ids, outcomes, visible, token)
-
-    async def _wait(self, done: "asyncio.Future[Committed]", deadline: Deadline) -> Committed:
-        """The commit goes on whatever becomes of its caller."""
-        began_s = time.perf_counter()
-        try:
-            return await asyncio.wait_for(asyncio.shield(done), deadline.require("the write queue"))
-        except TimeoutError:
-            raise DeadlineExceeded("the commit") from None
-        finally:
-            _COMMIT.took(time.perf_counter() - began_s)

@@ -136,7 +136,7 @@ async def test_a_lease_held_for_ever_delays_others_by_half_their_time_at_most(tw
     computing, asked = Computing(), question()
     computing.go.set()
     one, other = two
-    name = lease_key(asked, one.served.position)
+    name = lease_key(asked, one.served.positions)
     await one.cache._redis.run(name, "SET", name, b"somebody else's", "PX", 60_000)
     assert (await other.ask(asked, computing, timeout_s=1.0)).body == b"answer 1"
 

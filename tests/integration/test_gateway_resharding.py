@@ -27,7 +27,7 @@ from services.metadata.store import Store
 from services.shard.local_shards import LocalShards
 from services.shard.replica import Replica
 from shard_router.errors import NotFound, PreconditionFailed
-from shard_router.model import Include, Metric
+from shard_router.model import HOME, Include, Metric
 from shard_router.resharding import Event, Instruction
 from shard_router.shard_map import Migrating, Retiring, Steady
 
@@ -320,13 +320,13 @@ async def test_a_copy_that_is_down_is_not_asked_and_comes_back(database_url: str
         served = running.served
         await running.upsert({f"d{i}": np.ones(DIM) for i in range(50)})
         for number in range(2):
-            fallen = served.replicas[0][number]
+            fallen = served.logs[HOME].replicas[0][number]
             fallen._follower.fall("a test")
             # Neither do searches miss anything, nor do writes wait for it.
             assert len(await running.all_hits()) == 50 + number
             await running.upsert({f"new{number}": np.ones(DIM)})
             async with asyncio.timeout(PATIENCE_S):
-                while served.replicas[0].get(number) in (None, fallen):
+                while served.logs[HOME].replicas[0].get(number) in (None, fallen):
                     assert len(await running.all_hits()) == 51 + number
                     await asyncio.sleep(0.01)
         assert await running.count() == 52

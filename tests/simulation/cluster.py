@@ -18,7 +18,7 @@ from shard_router.fanout_plan import Ask, GiveUp, ShardQuestion, plan_fanout, st
 from shard_router.hashing import slot_of
 from shard_router.leases import GrantedLeases, HeldLease
 from shard_router.merge import merge
-from shard_router.model import Hit, Version
+from shard_router.model import HOME, Hit, Version
 from shard_router.resharding import (
     Applied,
     AwaitApplied,
@@ -487,7 +487,8 @@ class Coordinator(Process):
                 replica = self._cluster.replicas[copy]
                 return await self._ask_copy(copy, lambda: replica.backfill(slots), lambda _: Backfilled(copy))
             case ReadPosition():
-                return PositionRead(await self._insist(lambda: database.position_to_pass(self.claim)))
+                position = await self._insist(lambda: database.position_to_pass(self.claim))
+                return PositionRead({HOME: position})
             case AwaitApplied(copy, position):
                 replica = self._cluster.replicas[copy]
                 return await self._ask_copy(
