@@ -185,7 +185,7 @@ class Ownership:
             raise StartupRefused(f"{self._where()} cannot be prepared: {first_line(error)}.") from error
 
     async def _belong(self, connection: Connection) -> None:
-        """See that the database is what it is taken for; a new one becomes a partition where one is wanted."""
+        """See that the database is what it is taken for; a new one becomes a partition where wanted."""
         if self._belonging is not None:
             wanted = {"service": self._belonging.service, "name": self._belonging.name}
             await connection.execute(bare_statement("become_partition"), wanted)

@@ -89,6 +89,23 @@ def test_without_a_copy_of_the_new_owner_nothing_goes_on() -> None:
     assert machine.handle(Backfilled(FIRST)) == [ReadPosition()]
 
 
+def test_every_log_has_to_be_passed_by_a_copy_that_follows_it() -> None:
+    east = Copy(2, 0, "east")
+    machine, _ = Resharding.begin(TARGET, [*OTHERS, FIRST], (HOME, "east"))
+    machine.handle(Stored())
+    assert machine.handle(Heard(TARGET.epoch)) == [Backfill(FIRST, SLOTS)]
+    assert machine.handle(Backfilled(FIRST)) == [], "nobody has what lies in the other database"
+    assert machine.handle(Joined(east)) == [Backfill(east, SLOTS)]
+    assert machine.handle(Backfilled(east)) == [ReadPosition()]
+    assert set(machine.handle(PositionRead({HOME: 5, "east": 50}))) == {
+        AwaitApplied(FIRST, 5),
+        AwaitApplied(east, 50),
+    }
+    assert machine.handle(Applied(east, 49)) == []
+    assert machine.handle(Applied(FIRST, 5)) == []
+    assert isinstance(machine.handle(Applied(east, 50))[0], Store)
+
+
 def test_events_of_another_stage_change_nothing() -> None:
     machine = migrating(FIRST)
     before = (machine.stage, machine.state)
