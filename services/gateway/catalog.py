@@ -302,48 +302,48 @@ class Catalog:
 
     async def _attach(self, served: Served) -> None:
         """Learn of the logs that are not known; of one in a partition that is away, when that has come."""
-        for following in served.logs.values():
-            if following.log_id:
+        for its_log in served.logs.values():
+            if its_log.log_id:
                 continue
             try:
-                following.attach(*await self.store.attach(served.collection, following.database))
+                its_log.attach(*await self.store.attach(served.collection, its_log.database))
             except StorageUnavailable as away:
-                if following.database == HOME:
+                if its_log.database == HOME:
                     raise
-                if self.store.log_id_of(following.database):
+                if self.store.log_id_of(its_log.database):
                     log.warning("a log of %s cannot be followed: %s", served.collection.name, away)
 
     def _discard(self, served: Served) -> None:
         """Follow no log any more that its database has exchanged; the review attaches the new one."""
-        for following in list(served.logs.values()):
-            if following.log_id and following.log_id != self.store.log_id_of(following.database):
+        for its_log in list(served.logs.values()):
+            if its_log.log_id and its_log.log_id != self.store.log_id_of(its_log.database):
                 log.warning(
                     "database %s holds another log of %s than before",
-                    following.database,
+                    its_log.database,
                     served.collection.name,
                 )
-                served.discard(following.database)
+                served.discard(its_log.database)
                 self.hurry()
 
     async def _join(self, served: Served, copy: Copy) -> None:
         """Open a copy, and let it be asked as soon as it has everything that is known of the log."""
-        state, following = served.state, served.logs[copy.database]
+        state, its_log = served.state, served.logs[copy.database]
         replica = await self._shards.open(
             served.collection, copy.shard, copy.replica, database=copy.database,
-            slots=served.slots_of(copy), epoch=state.epoch, log_id=following.log_id,
+            slots=served.slots_of(copy), epoch=state.epoch, log_id=its_log.log_id,
         )  # fmt: skip
-        following.joining.add(replica)
+        its_log.joining.add(replica)
         try:
             deadline = Deadline.after(JOIN_S)
-            while served.logs[copy.database] is following:
-                state, position = served.state, following.position
+            while served.logs[copy.database] is its_log:
+                state, position = served.state, its_log.position
                 await replica.backfill(served.slots_of(copy))
                 replica.wake()
                 if not await replica.wait_for(position, deadline):
                     raise Unavailable(f"shard {copy.shard} of {served.collection.name} cannot catch up")
-                if served.state is state and following.position <= max(position, replica.position):
+                if served.state is state and its_log.position <= max(position, replica.position):
                     await served.settle(replica, copy)
-                    if served.logs[copy.database] is following:
+                    if served.logs[copy.database] is its_log:
                         served.join(copy, replica)
                         return
             raise Unavailable(f"database {copy.database} holds another log than before")
@@ -351,7 +351,7 @@ class Catalog:
             await replica.close()
             raise
         finally:
-            following.joining.discard(replica)
+            its_log.joining.discard(replica)
 
 
 async def _close(served: Served) -> None:

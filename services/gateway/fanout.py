@@ -13,8 +13,8 @@ import numpy as np
 from index_builder.segments.index_spec import Effort
 from services import tasks
 from services.deadline import Deadline
+from services.gateway.collection_log import CollectionLog
 from services.gateway.endpoints import ShardEndpoint
-from services.gateway.following import Following
 from services.gateway.served import Served, answered
 from services.shard.rendering import RenderedHits, RenderedRow
 from services.shard.replica import Hits, ShardAnswer
@@ -179,7 +179,7 @@ class FanOut:
         )
 
     def _chosen(
-        self, served: Served, logs: Sequence[Following], call: "_Call[Hits]"
+        self, served: Served, logs: Sequence[CollectionLog], call: "_Call[Hits]"
     ) -> Iterator[Awaitable[ShardAnswer[Hits] | None]]:
         """The answers of the shards, of each log one after another; StaleEpoch."""
         for log in logs:
@@ -193,7 +193,7 @@ class FanOut:
                     yield _nobody()
 
     async def _one_of(
-        self, served: Served, log: Following, shard: int, question: ShardQuestion, call: "_Call[Hits]"
+        self, served: Served, log: CollectionLog, shard: int, question: ShardQuestion, call: "_Call[Hits]"
     ) -> ShardAnswer[Hits] | None:
         """The first answer of a shard's copies; None where those that were asked failed."""
         asking: dict[asyncio.Task[ShardAnswer[Hits]], int] = {}
@@ -229,7 +229,7 @@ class FanOut:
             await tasks.end(*asking)
 
     async def _counted(
-        self, served: Served, log: Following, copy: Copy, call: "_Call[Hits]"
+        self, served: Served, log: CollectionLog, copy: Copy, call: "_Call[Hits]"
     ) -> ShardAnswer[Hits]:
         """A copy's answer, counted while it is under way, and its time taken."""
         replica = log.replicas.get(copy.shard, {}).get(copy.replica)
@@ -256,7 +256,9 @@ class _Options(NamedTuple):
     deadline: Deadline
 
 
-async def _sole(served: Served, log: Following, shard: int, call: "_Call[Hits]") -> ShardAnswer[Hits] | None:
+async def _sole(
+    served: Served, log: CollectionLog, shard: int, call: "_Call[Hits]"
+) -> ShardAnswer[Hits] | None:
     """The answer of a shard's only copy; None where it failed."""
     question: ShardQuestion | None = None
     while True:
@@ -279,7 +281,7 @@ async def _nobody() -> None:
 
 
 def _positions(
-    logs: Sequence[Following], answers: Sequence[ShardAnswer[Hits] | None], shards: int
+    logs: Sequence[CollectionLog], answers: Sequence[ShardAnswer[Hits] | None], shards: int
 ) -> dict[str, int]:
     """By log, the position that all of its answers include."""
     told: dict[str, int] = {}

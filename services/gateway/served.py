@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from services.deadline import Deadline
+from services.gateway.collection_log import CollectionLog
 from services.gateway.endpoints import ShardEndpoint
-from services.gateway.following import Following
 from shard_router.databases import databases_of
 from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, Unavailable, UnknownLog
 from shard_router.fanout_plan import HedgeBudget, Latencies, stale_pause_s
@@ -27,7 +27,7 @@ class Served:
         names = collection.databases
         #: By database, in the collection's order, the log in it.
         self.logs = {
-            name: Following(name, databases_of(collection).slots_of(name) if len(names) > 1 else None)
+            name: CollectionLog(name, databases_of(collection).slots_of(name) if len(names) > 1 else None)
             for name in names
         }
         #: Copies of logs that are followed no more; to be closed.
@@ -87,7 +87,7 @@ class Served:
         old = self.logs[database]
         self.discarded += [self.leave(copy) for copy, _ in list(old.copies())]
         # Whoever waits for the old one, or is about to join it, still has it in hand.
-        self.logs[database] = Following(database, old.slots)
+        self.logs[database] = CollectionLog(database, old.slots)
 
     def copies(self) -> Iterator[tuple[Copy, ShardEndpoint]]:
         """Every copy that has caught up, in order."""
@@ -103,7 +103,7 @@ class Served:
 
     @property
     def positions(self) -> Mapping[str, int]:
-        """By the identity of every log that is known, its latest position known; see `Following.position`."""
+        """By identity, the latest position known of every log that is known; see `CollectionLog.position`."""
         return {log.log_id: log.position for log in self.logs.values() if log.log_id}
 
     @property
@@ -145,7 +145,7 @@ class Served:
         waits = [self._applied(log, positions[log.log_id], deadline) for log in followed]
         return all(await asyncio.gather(*waits)) if len(waits) > 1 else all([await wait for wait in waits])
 
-    async def _applied(self, log: Following, position: int, deadline: Deadline) -> bool:
+    async def _applied(self, log: CollectionLog, position: int, deadline: Deadline) -> bool:
         while True:
             asked = {shard: log.up(shard) for shard in self.state.shards}
             waits = [replica.wait_for(position, deadline) for up in asked.values() for replica in up.values()]

@@ -7,7 +7,7 @@ from shard_router.model import LogDelta
 from shard_router.resharding import Copy
 
 
-class Following:
+class CollectionLog:
     """Who follows a log, and how far it is known. A collection has one in each of its databases."""
 
     def __init__(self, database: str, slots: frozenset[int] | None) -> None:
