@@ -268,22 +268,26 @@ class Ownership:
                 if self._connection is not None:
                     await self._connection.close()
                 self._connection = await self._connect(0.0, log.debug)
-                await self._check_server(self._connection)
-                # The server may not have noticed yet that our last connection is gone.
-                if await self._lock(self._connection, LOCK_WAIT_S):
-                    await self._prepare(self._connection)
-                    log.info("the claim to the database is held again")
-                else:
-                    self._lost = f"{self._where()} was taken over by another Ringfort service"
-                    log.error("%s", self._lost)
-            except StartupRefused as refused:
-                log.debug("the database is still away: %s", refused)
-                self._lost = str(refused)
-            except psycopg.Error as error:
+                await self._claim_again(self._connection)
+            except (StartupRefused, psycopg.Error) as error:
                 log.debug("the database is still away: %s", error)
             if self._lost is not None:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _claim_again(self, connection: Connection) -> None:
+        """Claim a database that answers; where it may not be taken, say why."""
+        try:
+            await self._check_server(connection)
+            # The server may not have noticed yet that our last connection is gone.
+            if not await self._lock(connection, LOCK_WAIT_S):
+                raise StartupRefused(f"{self._where()} was taken over by another Ringfort service")
+            await self._prepare(connection)
+        except StartupRefused as refused:
+            self._lost = str(refused)
+            log.error("%s", self._lost)
+            return
+        log.info("the claim to the database is held again")
 
 
 class BorrowedClaim(Ownership):
