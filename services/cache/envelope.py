@@ -30,9 +30,7 @@ class AnswerEntry(msgspec.Struct, frozen=True, array_like=True, tag=ANSWER_VERSI
 
     def reaches(self, positions: Mapping[str, int]) -> bool:
         """Whether the answer includes the logs up to these positions."""
-        return not positions or all(
-            self.positions.get(log_id, -1) >= position for log_id, position in positions.items()
-        )
+        return all(self.positions.get(log_id, -1) >= position for log_id, position in positions.items())
 
     def encode(self) -> bytes:
         """The entry as bytes."""

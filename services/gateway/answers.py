@@ -278,7 +278,7 @@ class Answers:
         entry = AnswerEntry.decode(value)
         if entry is None:
             return None
-        if entry.reaches(at_least):
+        if not at_least or entry.reaches(at_least):
             if entry.positions == known:
                 return entry
             # Where this gateway cannot say what is known, the age alone decides; but of these logs.

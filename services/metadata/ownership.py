@@ -284,8 +284,9 @@ class Ownership:
                 raise StartupRefused(f"{self._where()} was taken over by another Ringfort service")
             await self._prepare(connection)
         except StartupRefused as refused:
-            self._lost = str(refused)
-            log.error("%s", self._lost)
+            if self._lost != str(refused):
+                self._lost = str(refused)
+                log.error("%s", self._lost)
             return
         log.info("the claim to the database is held again")
 
