@@ -16,7 +16,7 @@ from services.deadline import Deadline
 from services.gateway.endpoints import Shards
 from services.gateway.served import Served
 from services.metadata.store import Store
-from shard_router.errors import NotFound, RingfortError, StorageUnavailable, Unavailable
+from shard_router.errors import NotFound, RingfortError, Unavailable
 from shard_router.model import HOME, Collection, Metric, Schema
 from shard_router.resharding import Copy
 from shard_router.shard_map import MapState
@@ -275,7 +275,7 @@ class Catalog:
         for served in self.all():
             try:
                 self._discard(served)
-                await self._attach(served)
+                failures += await self._attach(served)
                 if served.outdated:
                     await self.turn(served, await self.store.shard_maps.get(served.collection))
                 if served.wants_copies and not served.reconciling.locked():
@@ -288,30 +288,33 @@ class Catalog:
     async def _open(self, collection: Collection) -> Served:
         served = Served(collection, await self.store.shard_maps.get(collection))
         try:
-            await self._attach(served)
+            failures = await self._attach(served)
             try:
                 await self.reconcile(served)
-            except StorageUnavailable as away:
+            except RingfortError as error:
                 if not served.wanted(HOME) <= {copy for copy, _ in served.copies()}:
                     raise
-                log.warning("%s is opened in part: %s", collection.name, away)
+                failures.append(error)
+            for failure in failures:
+                log.warning("%s is opened in part: %s", collection.name, failure)
         except BaseException:
             await _close(served)
             raise
         return served
 
-    async def _attach(self, served: Served) -> None:
-        """Learn of the logs that are not known; of one in a partition that is away, when that has come."""
-        for its_log in served.logs.values():
-            if its_log.log_id:
+    async def _attach(self, served: Served) -> list[RingfortError]:
+        """Learn of the logs that are not known and can be; why not of others, the home's excepted: raised."""
+        failures: list[RingfortError] = []
+        for its_log in list(served.logs.values()):
+            if its_log.log_id or not self.store.log_id_of(its_log.database):
                 continue
             try:
                 its_log.attach(*await self.store.attach(served.collection, its_log.database))
-            except StorageUnavailable as away:
+            except RingfortError as error:
                 if its_log.database == HOME:
                     raise
-                if self.store.log_id_of(its_log.database):
-                    log.warning("a log of %s cannot be followed: %s", served.collection.name, away)
+                failures.append(error)
+        return failures
 
     def _discard(self, served: Served) -> None:
         """Follow no log any more that its database has exchanged; the review attaches the new one."""
