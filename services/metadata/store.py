@@ -265,11 +265,9 @@ class Store:
         self, collection: Collection, after: tuple[int, str] | None, limit: int, *, with_vectors: bool
     ) -> tuple[list[LogRow], np.ndarray | None]:
         """A page of live documents in order of (slot, id), strictly after `after`; vectors [rows, dim]."""
+        partitions = [self._partition(database) for database in collection.databases]
         pages = await asyncio.gather(
-            *(
-                self._partition(database).scan(collection, after, limit, with_vectors=with_vectors)
-                for database in collection.databases
-            )
+            *(each.scan(collection, after, limit, with_vectors=with_vectors) for each in partitions)
         )
         if len(pages) == 1:
             return pages[0]

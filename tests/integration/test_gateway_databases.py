@@ -67,9 +67,7 @@ class Service:
     ) -> pb.UpsertResponse:
         request = pb.UpsertRequest(
             collection="notes",
-            documents=[
-                pb.Document(id=id, text=id, attributes={"rank": pb.Value(int=r)}) for id, r in ranks.items()
-            ],
+            documents=[pb.Document(id=id, attributes={"rank": pb.Value(int=r)}) for id, r in ranks.items()],
             vectors=pb.Matrix(data=vectors(ranks).tobytes(), rows=len(ranks), dim=DIM),
             wait=wait,
         )
@@ -343,7 +341,7 @@ async def test_a_database_that_is_killed_takes_its_own_documents_writes_and_noth
     urls: dict[str, str], second: SecondPostgres, tmp_path: Path
 ) -> None:
     urls["east"] = second.url
-    async with service(urls, tmp_path) as running:
+    async with service(urls, tmp_path / "segments") as running:
         await running.create()
         await running.upsert({id: i for i, id in enumerate(IDS)})
         home, east = running.of(HOME), running.of("east")
@@ -403,13 +401,13 @@ async def test_a_service_that_starts_without_a_database_says_what_it_lacks_and_g
     urls: dict[str, str], second: SecondPostgres, tmp_path: Path
 ) -> None:
     urls["east"] = second.url
-    async with service(urls, tmp_path) as running:
+    async with service(urls, tmp_path / "segments") as running:
         await running.create()
         await running.upsert({id: i for i, id in enumerate(IDS)})
         home, east = running.of(HOME), running.of("east")
         token = {running.store.log_id_of("east"): 1}
     second.kill()
-    async with service(urls, tmp_path) as running:
+    async with service(urls, tmp_path / "segments") as running:
         answer = await running.search()
         assert (found(answer), answer.coverage.shards_answered) == (home, 0)
         assert (await running.search()).served_from == pb.INDEX, "what is not whole is not kept"
@@ -445,16 +443,17 @@ async def test_a_database_that_was_restored_is_followed_anew_and_its_old_tokens_
         await running.upsert({id: i for i, id in enumerate(IDS)})
     backup = make_database(copy_of=urls["east"])
     async with service(urls, tmp_path) as running:
-        done = await running.upsert(dict.fromkeys(IDS, 7))
+        later = {id: 100 + i for i, id in enumerate(IDS)}
+        done = await running.upsert(later)
         east = running.of("east")
         await running.delete(*east[:2])
     async with service({**urls, "east": backup}, tmp_path) as running:
         assert running.served.logs["east"].log_id not in done.token.positions
-        ranks = dict.fromkeys(IDS, 7) | {id: IDS.index(id) for id in east}
+        ranks = later | {id: IDS.index(id) for id in east}
         await Dictionary(running, ranks).compare()
         with pytest.raises(UnknownLog):
             await running.search(read_after=done.token.positions)
-        again = await running.upsert({east[0]: 3})
+        again = await running.upsert({east[0]: 300})
         assert again.statuses[0].version.term > 1
         assert (await running.search(read_after=again.token.positions)).hits
 
