@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from command_line import all_gone, eventually
 from killable import Killable
@@ -57,7 +58,7 @@ def test_whatever_is_killed_amid_writes_to_both_nothing_acknowledged_is_lost(
                     case "east":
                         second.kill()
                         # Searches go on over all that is there.
-                        found = client.search(COLLECTION, vector=[1.0] * 8, k=5, cache=False)
+                        found = client.search(COLLECTION, vector=np.ones(8, np.float32), k=5, cache=False)
                         assert found.coverage.complete
                         time.sleep(rng.uniform(0, 0.4))
                         second.start()
