@@ -384,4 +384,6 @@ class Store:
     async def _abandon(self, database: str, uid: int, created_at_us: int) -> None:
         partition = self._partition(database)
         with partition.named():
+            if partition.away:  # not waited for: a transaction in the home is open meanwhile
+                raise StorageUnavailable(partition.away)
             await partition.registry.abandon(uid, created_at_us)
