@@ -27,7 +27,8 @@ class Copy:
 
     shard: int
     replica: int
-    database: str = HOME
+    #: Not hashed, as a string's hash is another in every process: sets of copies keep the order of a seed.
+    database: str = field(default=HOME, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
