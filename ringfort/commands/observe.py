@@ -118,15 +118,18 @@ def _py_spy() -> str:
 
 
 def _listening(address: str) -> int:
-    """The process of this machine that listens at HOST:PORT."""
+    """The process of this machine that listens at HOST:PORT; of several gateways the head, who came first."""
     import psutil
 
     from ringfort.errors import Unavailable
 
     _, _, port = address.rpartition(":")
-    for connection in psutil.net_connections("tcp"):
-        if connection.status != psutil.CONN_LISTEN or connection.pid is None:
-            continue
-        if connection.laddr and str(connection.laddr.port) == port:
-            return int(connection.pid)
+    listening = {
+        int(connection.pid)
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.pid is not None
+        if connection.laddr and str(connection.laddr.port) == port
+    }
+    if listening:
+        return min(listening, key=lambda pid: psutil.Process(pid).create_time())
     raise Unavailable(f"no process of this machine, or none of yours, listens at {address}: give --pid")

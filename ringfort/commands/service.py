@@ -42,6 +42,9 @@ def up(
     nodes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="With --cluster: nodes that hold shards.")
     ] = None,
+    gateways: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --cluster: gateways behind the same ports.")
+    ] = None,
     ray_address: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="With --cluster: an existing Ray cluster.")
     ] = None,
@@ -64,6 +67,7 @@ def up(
         "--replicas": replicas,
         "--config": config,
         "--nodes": nodes,
+        "--gateways": gateways,
         "--ray-address": ray_address,
     }
     args = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]

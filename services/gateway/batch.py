@@ -12,9 +12,10 @@ from services import wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.gateway.answers import Answers, Computed
-from services.gateway.catalog import Catalog, Served
+from services.gateway.directory import Directory
 from services.gateway.fanout import FanOut, Found
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_mode, check_share
+from services.gateway.served import Served
 from services.shard.rendering import RenderedHits
 from shard_router.errors import InvalidField
 from shard_router.model import Include
@@ -36,7 +37,7 @@ class BatchRetrieval:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: Directory,
         retrieval: Retrieval,
         fanout: FanOut,
         answers: Answers,

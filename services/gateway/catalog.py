@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from services import tasks
 from services.deadline import Deadline
+from services.gateway.directory import Directory
 from services.gateway.endpoints import Shards
 from services.gateway.served import Served
 from services.metadata.store import Store
@@ -31,32 +32,22 @@ T = TypeVar("T")
 JOIN_S = 30.0
 #: How often it is looked whether something has to be opened anew; after a failure, with longer pauses.
 REVIEW_S, LONGEST_PAUSE_S = 0.25, 5.0
-#: Figures of which the greatest is told, not the sum.
-_AGES = frozenset(("tail_age_s",))
 
 
-class Catalog:
-    """Every collection of the store, open; names and aliases resolve here."""
+class Catalog(Directory):
+    """Every collection of the store, open; the only one to change what there is."""
 
-    def __init__(
-        self,
-        store: Store,
-        shards: Shards,
-    ) -> None:
+    def __init__(self, store: Store, shards: Shards) -> None:
         """`shards` opens the copies of shards."""
-        self.store = store
+        super().__init__(store)
         self._shards = shards
-        self._by_name: dict[tuple[str, str], Served] = {}
-        self._by_alias: dict[tuple[str, str], Served] = {}
+        #: Lets other gateways know of what has changed, and returns when they do; None where there are none.
+        self._tell_others: Callable[[], Awaitable[None]] | None = None
         #: Changes of the catalog happen one at a time.
         self._changing = asyncio.Lock()
         self._reviewing: asyncio.Task[None] | None = None
         #: Set when there may be something to open anew.
         self._hurried = asyncio.Event()
-        #: The log that everything was opened on.
-        self._log_id = ""
-        #: Told of every collection that goes, so that its writers end.
-        self.on_drop: list[Callable[[Served], Awaitable[None]]] = []
         #: Told when everything was opened on another log.
         self.on_load: list[Callable[[], Awaitable[None]]] = []
 
@@ -70,8 +61,16 @@ class Catalog:
         await tasks.end(self._reviewing)
         for served in self.all():
             await _close(served)
-        self._by_name.clear()
-        self._by_alias.clear()
+        self._clear()
+
+    def share(self, tell_others: Callable[[], Awaitable[None]]) -> None:
+        """There are other gateways, and this lets them know of what has changed, and waits until they do."""
+        self.shared, self._tell_others = True, tell_others
+
+    async def spread(self) -> None:
+        """Return when every gateway goes by what there is now."""
+        if self._tell_others is not None:
+            await self._tell_others()
 
     def hurry(self) -> None:
         """Look at once whether something can be opened anew: a node has come back."""
@@ -108,24 +107,9 @@ class Catalog:
                 if isinstance(result, BaseException):
                     raise result
 
-    def all(self) -> list[Served]:
-        """Every collection, by tenant and name."""
-        return [served for _, served in sorted(self._by_name.items())]
-
-    def of_tenant(self, tenant: str) -> list[Served]:
-        """A tenant's collections, by name; Unavailable as for `resolve`."""
-        self._require_current()
-        return [served for served in self.all() if served.collection.tenant == tenant]
-
     def resolve(self, tenant: str, name: str, field: str = "collection") -> Served:
-        """The collection of that name or alias; NotFound names the request's field.
-
-        Unavailable while the database holds another log than the collection was opened on.
-        """
-        self._require_current()
-        found = self._by_name.get((tenant, name)) or self._by_alias.get((tenant, name))
-        if found is None:
-            raise NotFound("collection", name, field)
+        """As of every directory; a log that a database has exchanged is followed no more from here on."""
+        found = super().resolve(tenant, name, field)
         if len(found.logs) > 1:
             self._discard(found)
         return found
@@ -160,6 +144,7 @@ class Catalog:
                     await self.store.delete_collection(tenant, name)
                 raise
             self._index(served)
+            await self.spread()
             return served
 
     async def delete(self, tenant: str, name: str) -> None:
@@ -194,55 +179,25 @@ class Catalog:
                 for served in self.all()
                 for a in served.collection.aliases
             }
-
-    def stats(self) -> dict[str, float]:
-        """The copies' figures, added up over all collections."""
-        totals: dict[str, float] = {}
-        for served in self.all():
-            for _, replica in served.copies():
-                for name, value in replica.stats().items():
-                    known = totals.get(name, 0.0)
-                    totals[name] = max(known, value) if name in _AGES else known + value
-        lag = sum(served.lag_positions for served in self.all())
-        return {"collections": len(self._by_name), "lag_positions": lag, **totals}
-
-    def stats_of_each(self) -> dict[str, dict[str, float]]:
-        """Documents and lag of every collection, by its name and, where it is not the default's, tenant."""
-        told: dict[str, dict[str, float]] = {}
-        for served in self.all():
-            tenant, name = served.collection.tenant, served.collection.name
-            told[name if tenant == "default" else f"{tenant}/{name}"] = {
-                "documents": served.documents,
-                "lag_positions": served.lag_positions,
-            }
-        return told
-
-    def _index(self, served: Served) -> None:
-        collection = served.collection
-        self._by_name[collection.tenant, collection.name] = served
-        for alias in collection.aliases:
-            self._by_alias[collection.tenant, alias] = served
-
-    def _require_current(self) -> None:
-        if self._log_id != self.store.log_id:
-            raise Unavailable(
-                "the database holds another log than before; collections are being opened on it"
-            )
+            await self.spread()
 
     async def _load(self) -> None:
         log_id, collections = self.store.log_id, await self.store.collections()
         for served in await _all_or_none((self._open(c) for c in collections), _close):
             self._index(served)
         await self._shards.keep_only((c.uid, c.generation) for c in collections)
-        self._log_id = log_id
+        self.log_id = log_id
 
-    async def _drop(self, served: Served) -> None:
-        """Answer for a collection no more: end its writers, then its readers."""
-        self._by_name.pop((served.collection.tenant, served.collection.name), None)
-        self._by_alias = {key: s for key, s in self._by_alias.items() if s is not served}
-        for tell in self.on_drop:
-            await tell(served)
-        await _close(served)
+    async def _drop(self, *dropped: Served) -> None:
+        """Answer for collections no more: end their writers, then their readers."""
+        for served in dropped:
+            self._unindex(served)
+        for served in dropped:
+            for tell in self.on_drop:
+                await tell(served)
+        await self.spread()
+        for served in dropped:
+            await _close(served)
 
     async def _review(self) -> None:
         """Open anew what cannot go on as it is, until that works."""
@@ -264,11 +219,11 @@ class Catalog:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _reopen(self) -> None:
-        if self._log_id != self.store.log_id:
+        if self.log_id != self.store.log_id:
             log.warning("opening every collection anew, on log %s", self.store.log_id)
-            for served in self.all():
-                await self._drop(served)
+            await self._drop(*self.all())
             await self._load()
+            await self.spread()
             for tell in self.on_load:
                 await tell()
         failures: list[Exception] = []

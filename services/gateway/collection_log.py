@@ -63,6 +63,12 @@ class CollectionLog:
             if delta is None or not replica.offer(delta):
                 replica.wake()
 
+    def heard(self, position: int) -> None:
+        """It has come so far, by a write of another gateway, which has handed its rows to the copies."""
+        self._acknowledged = max(self._acknowledged, position)
+        for replica in self.joining:
+            replica.wake()
+
     @property
     def position(self) -> int:
         """The latest position known: all that was acknowledged here, all that a replica has read."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.deadline import Deadline
-from services.gateway.catalog import Served
+from services.gateway.served import Served
 from services.metadata.store import Store
 from shard_router.errors import NotFound, Overloaded, RingfortError, StorageUnavailable
 from shard_router.model import Write, WriteOutcome

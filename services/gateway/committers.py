@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.deadline import Deadline
-from services.gateway.catalog import Catalog, Served
 from services.gateway.committer import Committed, Committer
+from services.gateway.directory import Directory
+from services.gateway.served import Served
 from services.telemetry import stage
 from shard_router.databases import databases_of
 from shard_router.errors import DeadlineExceeded, RingfortError
@@ -51,7 +52,7 @@ class Submission:
 class Committers:
     """Every log's one writer, made when it is first needed."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Directory) -> None:
         self._catalog = catalog
         self._of: dict[int, dict[str, Committer]] = {}
         catalog.on_drop.append(self._drop)

@@ -12,7 +12,7 @@ from protos.ringfort import v1 as pb
 from services import wire
 from services.config import Limits
 from services.deadline import Deadline
-from services.gateway.catalog import Catalog
+from services.gateway.directory import Directory
 from shard_router.errors import DeadlineExceeded, InvalidField
 from shard_router.filters import check, matches
 
@@ -22,7 +22,7 @@ DEFAULT_PAGE = 256
 class Documents:
     """The read side of DocumentService."""
 
-    def __init__(self, catalog: Catalog, limits: Limits) -> None:
+    def __init__(self, catalog: Directory, limits: Limits) -> None:
         self._catalog = catalog
         self._limits = limits
 
@@ -76,7 +76,7 @@ class Documents:
         filter = wire.filter_from(request.filter)
         if filter is not None:
             filter = check(filter, served.collection.schema)
-        if not await served.wait_for(served.positions, deadline):
+        if not await served.wait_for(await self._catalog.positions(served), deadline):
             raise DeadlineExceeded("waiting for the shards")
         counts = await served.each_shard(lambda replica, epoch: replica.count(filter, epoch=epoch), deadline)
         return pb.CountResponse(count=sum(counts))

@@ -128,6 +128,8 @@ class FanOut:
     ) -> Found[Hits]:
         began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
         attempt = 0
+        if served.assure is not None:
+            await served.assure(options.deadline)
         while True:
             epoch, shards, logs = served.state.epoch, served.shard_map.shards, list(served.logs.values())
             call = partial(_call, queries, k, options, epoch, ask)

@@ -95,9 +95,9 @@ class Http:
             )
         )
 
-    async def serve(self, listening: socket.socket) -> None:
+    async def serve(self, *listening: socket.socket) -> None:
         """Serve until `stop`; returns when the last answer is out."""
-        await self._server.serve(sockets=[listening])
+        await self._server.serve(sockets=list(listening))
 
     def stop(self) -> None:
         """Ask `serve` to end."""
@@ -246,11 +246,14 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def listen(address: str) -> socket.socket:
-    """A listening socket at HOST:PORT; PortTaken in one sentence where that cannot be."""
+def listen(address: str, *, shares_port: bool = False) -> socket.socket:
+    """A listening socket at HOST:PORT; PortTaken in one sentence where that cannot be.
+
+    With `shares_port` others that say so too may listen there beside it.
+    """
     host, _, port = address.rpartition(":")
     try:
-        return socket.create_server((host.strip("[]"), int(port)), backlog=1024)
+        return socket.create_server((host.strip("[]"), int(port)), backlog=1024, reuse_port=shares_port)
     except OSError as error:
         # create_server tells the address once more, in Python's words.
         reason = str(error.strerror or error).partition(" (while")[0]

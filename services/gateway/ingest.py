@@ -6,7 +6,7 @@ document is written.
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,9 +19,10 @@ from services import status, wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
-from services.gateway.catalog import Catalog, Served
 from services.gateway.committers import Committers, Submission
+from services.gateway.directory import Directory
 from services.gateway.models import Models
+from services.gateway.served import Served
 from services.gateway.streams import in_order
 from services.gateway.turns import Turns
 from services.telemetry import stage
@@ -32,6 +33,8 @@ from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, W
 _VISIBLE = stage("visible")
 
 Response = TypeVar("Response", pb.UpsertResponse, pb.PatchResponse)
+#: Whether a collection's logs are visible everywhere up to these positions, before a deadline.
+Visible = Callable[[Served, Mapping[str, int], Deadline], Awaitable[bool]]
 
 #: Batches of one stream that are embedded, and that are committed, at once; reading pauses beyond it.
 STREAM_BATCHES = 4
@@ -98,8 +101,12 @@ class _Written:
 class Ingest:
     """Everything that changes documents."""
 
-    def __init__(self, catalog: Catalog, models: Models, limits: Limits) -> None:
+    def __init__(
+        self, catalog: Directory, models: Models, limits: Limits, visible: Visible = Served.wait_for
+    ) -> None:
+        """`visible`: whether every read that begins anywhere sees positions, by log, before a deadline."""
         self._catalog = catalog
+        self._visible = visible
         self._models = models
         self._limits = limits
         self._committers = Committers(catalog)
@@ -166,7 +173,7 @@ class Ingest:
             deleted, upto = await self._delete_matching(served, filter, deadline)
         return pb.DeleteResponse(
             deleted=deleted,
-            visible=request.wait == pb.VISIBLE and await served.wait_for(upto, deadline),
+            visible=request.wait == pb.VISIBLE and await self._visible(served, upto, deadline),
             token=wire.token_on_wire(upto),
         )
 
@@ -308,7 +315,7 @@ class Ingest:
         visible = False
         if checked.wait == pb.VISIBLE:
             began_s = time.perf_counter()
-            visible = await checked.served.wait_for(done.positions, deadline)
+            visible = await self._visible(checked.served, done.positions, deadline)
             _VISIBLE.took(time.perf_counter() - began_s)
         token = wire.token_on_wire(done.positions) if any(done.positions.values()) else None
         return _Written(checked.ids, outcomes, visible, token)

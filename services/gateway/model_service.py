@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from index_builder.models.artifact import ArtifactRefused, fetch, peek, read
@@ -40,6 +41,8 @@ class ModelService:
         self._changing = asyncio.Lock()
         #: NAME@VERSION of what is being fetched.
         self._registering: set[str] = set()
+        #: Told of every change; whoever asked for it hears of it when all have been told.
+        self.on_change: list[Callable[[], Awaitable[None]]] = []
 
     async def open(self) -> None:
         """Learn what is registered."""
@@ -140,11 +143,16 @@ class ModelService:
         async with self._changing:
             default = self._models.default
             await self._versions.rollback(request.name, to_none=request.name == default.name)
-            await self.open()
+            await self._changed()
             for known in self._all():
                 if known.version.name == request.name and known.version.state is ModelState.LIVE:
                     return self._message(known)
             return self._own_message(pb.Model.LIVE)
+
+    async def _changed(self) -> None:
+        await self.open()
+        for tell in self.on_change:
+            await tell()
 
     def _require_registered(self, model: str) -> None:
         """PreconditionFailed for the release's own model, whose state nobody sets."""
@@ -176,8 +184,8 @@ class ModelService:
         return None
 
     async def _now(self, model: str) -> pb.Model:
-        """A version as it stands in the registry."""
-        await self.open()
+        """A version as it stands in the registry, which has changed."""
+        await self._changed()
         known = self._registered(model)
         if known is None:
             raise NotFound("model", model, "name")

@@ -254,6 +254,11 @@ class Models:
         if manifest.variant != self.default.variant:
             await self._hold(manifest, deadline)
 
+    async def forget(self, model: str) -> None:
+        """A loaded model's processes have gone; the next call that needs it has it loaded again."""
+        if (held := self._held.pop(model, None)) is not None:
+            await held.embedder.close()
+
     async def close(self) -> None:
         """Give every model up but the default, which is its maker's."""
         await asyncio.gather(*self._loading.values(), return_exceptions=True)

@@ -14,8 +14,8 @@ import numpy as np
 from index_builder.segments.index_spec import DEFAULT_EFFORT
 from services import tasks
 from services.deadline import Deadline
-from services.gateway.catalog import Served
 from services.gateway.fanout import FanOut, Found
+from services.gateway.served import Served
 from services.shard.rendering import RenderedHits
 from shard_router.errors import RingfortError
 from shard_router.filters import Filter

@@ -18,10 +18,11 @@ from services import wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.gateway.answers import Answers, Cached, Computed, Question
-from services.gateway.catalog import Catalog, Served
+from services.gateway.directory import Directory
 from services.gateway.fanout import FanOut, Found
 from services.gateway.rankers import Chosen, Rankers
 from services.gateway.retrieval import DEFAULT_K, Retrieval, check_cache, check_share
+from services.gateway.served import Served
 from services.ranker.ranker import Ranked, Ranker
 from services.telemetry import stage
 from shard_router.errors import InvalidField, NotImplementedHere, PreconditionFailed
@@ -36,7 +37,7 @@ class Recommend:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: Directory,
         retrieval: Retrieval,
         fanout: FanOut,
         ranker: Ranker,

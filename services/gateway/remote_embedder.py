@@ -120,6 +120,7 @@ class RemoteEmbedder:
             self._send, f"embedding by {manifest.model}", queue_rows=queue_texts
         )
         self._texts = 0
+        self._inference_ms = 0.0
         self._closed = False
 
     async def embed(self, texts: Sequence[str], input_type: InputType, deadline: Deadline) -> Embedded:
@@ -149,6 +150,7 @@ class RemoteEmbedder:
             "abandoned_texts_total": self._coalescer.abandoned_rows,
             "calls_total": self._coalescer.calls,
             "batches_total": self._coalescer.batches,
+            "inference_ms_total": self._inference_ms,
         }
 
     async def _send(
@@ -164,6 +166,7 @@ class RemoteEmbedder:
         answer = await self._replicas.ask(len(texts), deadline, embed)
         made = embedded_from(answer, self.manifest.dim)
         self._texts += len(texts)
+        self._inference_ms += made.inference_ms
         answers, at = [], 0
         for rows in map(len, calls):
             part = slice(at, at + rows)

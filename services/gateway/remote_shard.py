@@ -79,6 +79,36 @@ class RemoteShard:
         self._keeping: asyncio.Task[None] | None = None
         self._handing: asyncio.Task[None] | None = None
         self.fell = asyncio.Event()
+        #: Somebody else opened it, and closes it.
+        self._attached = False
+
+    @classmethod
+    async def attach(
+        cls,
+        peer: ShardPeer,
+        collection: Collection,
+        shard: int,
+        replica: int,
+        database: str,
+        deadline: Deadline,
+    ) -> "RemoteShard":
+        """A replica that somebody else has opened on that node; Unavailable where it cannot be heard."""
+        remote = cls(peer, collection, shard, replica, database)
+        remote._attached = True
+        remote._begin()
+        try:
+            async with asyncio.timeout(deadline.left_s()):
+                while not remote._state.full:
+                    if remote._away:
+                        raise Unavailable(f"{remote._name} on {peer.name} is away: {remote._away}")
+                    await remote._news.wait()
+        except TimeoutError:
+            await remote.close()
+            raise Unavailable(f"{remote._name} on {peer.name} is not heard in time") from None
+        except BaseException:
+            await remote.close()
+            raise
+        return remote
 
     @classmethod
     async def open(
@@ -99,8 +129,7 @@ class RemoteShard:
         with peer.calling() as stub:
             state = await stub.Open(request, timeout=OPEN_S, metadata=peer.metadata)
         remote._hear(state)
-        remote._keeping = asyncio.create_task(remote._keep(), name=f"keep {remote._name}")
-        remote._handing = asyncio.create_task(remote._hand_over(), name=f"offer to {remote._name}")
+        remote._begin()
         return remote
 
     @property
@@ -236,10 +265,12 @@ class RemoteShard:
         return parcels.vectors_from(answer, self._collection.dim)
 
     async def close(self) -> None:
-        """Ask it nothing more, and have its node close it where that can be reached."""
+        """Ask it nothing more, and have its node close it where that can be reached, unless others ask it."""
         self._away = "it is closing"
         await tasks.end(self._keeping, self._handing)
         await self._searches.close()
+        if self._attached:
+            return
         try:
             with self._peer.calling() as stub:
                 request = internal.CloseRequest(replica=self._key)
@@ -263,6 +294,10 @@ class RemoteShard:
     def stats(self) -> Mapping[str, float]:
         """What it said last; gauges of its node's process."""
         return dict(self._state.stats)
+
+    def _begin(self) -> None:
+        self._keeping = asyncio.create_task(self._keep(), name=f"keep {self._name}")
+        self._handing = asyncio.create_task(self._hand_over(), name=f"offer to {self._name}")
 
     async def _send(
         self, asked: Asked, queries: Sequence[np.ndarray], deadline: Deadline
@@ -345,7 +380,10 @@ class RemoteShard:
 
     def _hear(self, state: internal.ReplicaState) -> None:
         if state.full:
-            self._state, self._followed = state, frozenset(state.followed)
+            first, self._state = not self._state.full, state
+            self._followed = frozenset(state.followed)
+            if first:
+                self._tell()
         self._move_to(state.position)
 
     def _move_to(self, position: int) -> None:

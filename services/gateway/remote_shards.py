@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from protos.ringfort.internal import v1 as internal
 from protos.ringfort.internal.v1.shard_node_pb2_grpc import ShardNodeStub
+from services.deadline import Deadline
 from services.gateway.remote_shard import READ_S, RemoteShard, ShardPeer
 from services.peers import Peer
 from services.shard.parcels import key_of
@@ -48,6 +49,14 @@ class RemoteShards:
         peer = self._peer(collection, shard, replica)
         return await RemoteShard.open(
             peer, collection, shard, replica, database=database, slots=slots, epoch=epoch, log_id=log_id
+        )
+
+    async def attach(
+        self, collection: Collection, shard: int, replica: int, database: str, deadline: Deadline
+    ) -> RemoteShard:
+        """A replica that another gateway has opened, where it lies; Unavailable."""
+        return await RemoteShard.attach(
+            self._peer(collection, shard, replica), collection, shard, replica, database, deadline
         )
 
     async def forget(self, collection: Collection, shard: int, replica: int, *, database: str = HOME) -> None:

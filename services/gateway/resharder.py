@@ -241,6 +241,7 @@ class Resharder:
         finally:
             served.growing_to = 0
             await _quietly(self._catalog.reconcile(served))
+        await self._catalog.spread()
         return True
 
 
@@ -300,6 +301,7 @@ class _Change:
             case Tell(state):
                 await self._catalog.turn(served, state)
                 await _quietly(self._catalog.reconcile(served))
+                await self._catalog.spread()
                 return Heard(state.epoch)
             case Backfill(copy, slots):
                 if (replica := self._replica(copy)) is None:

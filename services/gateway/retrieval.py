@@ -22,12 +22,13 @@ from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.gateway.answers import Answers, Cached, Computed, Question
-from services.gateway.catalog import Catalog, Served
 from services.gateway.conditions import Conditions
+from services.gateway.directory import Directory
 from services.gateway.embeddings import Vectors
 from services.gateway.fanout import FanOut
 from services.gateway.models import Models
 from services.gateway.recall_audit import RecallAudit
+from services.gateway.served import Served
 from services.telemetry import stage
 from shard_router.errors import (
     DeadlineExceeded,
@@ -58,7 +59,7 @@ class Retrieval:
 
     def __init__(
         self,
-        catalog: Catalog,
+        catalog: Directory,
         models: Models,
         fanout: FanOut,
         answers: Answers,

@@ -15,6 +15,8 @@ from shard_router.resharding import Copy
 from shard_router.shard_map import MapState, ShardMap
 
 T = TypeVar("T")
+#: Returns when the copies certainly have what was told to be visible, before a deadline.
+Assure = Callable[[Deadline], Awaitable[None]]
 
 
 class Served:
@@ -37,6 +39,8 @@ class Served:
         self.growing_to = 0
         #: Copies are opened and closed by one at a time.
         self.reconciling = asyncio.Lock()
+        #: Makes sure that the copies have what everybody was told is visible; None where nobody else tells.
+        self.assure: Assure | None = None
         #: Told of every copy that has joined (True), or is about to leave.
         self.on_copy: list[Callable[[Copy, bool], None]] = []
         #: The latest epoch that a commit told of; and set whenever `state` changes.
@@ -100,6 +104,12 @@ class Served:
         log = self.logs[database]
         if commit.log_id == log.log_id:  # else it is opened anew, and has what was committed
             log.committed(commit.upto, commit.delta)
+
+    def heard(self, positions: Mapping[str, int]) -> None:
+        """The logs have come so far, by a write of another gateway, which handed its rows to the copies."""
+        for log in self.logs.values():
+            if log.log_id in positions:
+                log.heard(positions[log.log_id])
 
     @property
     def positions(self) -> Mapping[str, int]:
@@ -167,6 +177,8 @@ class Served:
 
         ShardUnavailable where a shard has no copy that is up; DeadlineExceeded; what a copy raises.
         """
+        if self.assure is not None:
+            await self.assure(deadline)
         attempt = failures = 0
         while True:
             try:
@@ -213,6 +225,12 @@ class Served:
             await self.settle(replica, copy)
         self._turned.set()
         return left
+
+    def follow(self, state: MapState) -> None:
+        """Go by another state of the map, over to which somebody else leads the copies."""
+        if state.epoch >= self.state.epoch:
+            self.state = state
+            self._turned.set()
 
     def slots_of(self, copy: Copy) -> tuple[int, ...]:
         """The slots that a copy answers for now."""

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -49,6 +49,8 @@ SERVICES: dict[str, ServiceDescriptor] = {
 }
 DEFAULT_TENANT = "default"
 Context = grpc.aio.ServicerContext[Any, Any]
+#: By service, those that answer for its methods: of each method the first that has it.
+Servicers = Mapping[str, Sequence[object]]
 
 
 class PortTaken(RuntimeError):
@@ -56,17 +58,20 @@ class PortTaken(RuntimeError):
 
 
 class Server:
-    """One listening gRPC server; `servicers` by service name, methods by rpc name."""
+    """One listening gRPC server; methods by rpc name."""
 
     def __init__(
         self,
         settings: GatewaySettings,
-        servicers: Mapping[str, object],
+        servicers: Servicers,
         telemetry: Telemetry,
         admission: Admission,
         transport: Transport,
         tracing: Tracing | None = None,
+        *,
+        shares_port: bool = False,
     ) -> None:
+        """`shares_port`: with other processes of the service, that the kernel gives connections in turn."""
         self._tracing = tracing
         self._settings = settings
         self._telemetry = telemetry
@@ -75,7 +80,7 @@ class Server:
         self._linger_s = transport.linger_s
         self._server = transport.make(
             options=(
-                ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
+                ("grpc.so_reuseport", int(shares_port)),  # else a taken port is an error
                 ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -86,7 +91,7 @@ class Server:
         for name, descriptor in SERVICES.items():
             unary: dict[str, Any] = {}
             for method in descriptor.methods:
-                handler = self._handler(method, servicers.get(name))
+                handler = self._handler(method, method_of(servicers, name, method.name))
                 if method.server_streaming:
                     streams[f"/{descriptor.full_name}/{method.name}"] = handler
                 else:
@@ -121,9 +126,14 @@ class Server:
             RuntimeError
         ) as error:  # the native server's; what is behind it has a path that may be too long
             raise PortTaken(f"cannot listen behind {host}:{bound}, where TMPDIR says: {error}") from None
-        for name in ("", *(descriptor.full_name for descriptor in SERVICES.values())):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self.say(serving=True)
         return f"{host}:{bound}"
+
+    async def say(self, *, serving: bool) -> None:
+        """What the health service says from now on."""
+        states = health_pb2.HealthCheckResponse
+        for name in ("", *(descriptor.full_name for descriptor in SERVICES.values())):
+            await self._health.set(name, states.SERVING if serving else states.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs finish within `grace_s`, cut the rest."""
@@ -142,7 +152,7 @@ class Server:
             await asyncio.sleep(0.01)
         await asyncio.sleep(self._linger_s)
 
-    def _handler(self, method: MethodDescriptor, servicer: object) -> Any:
+    def _handler(self, method: MethodDescriptor, answer: Any) -> Any:
         request_type = message_factory.GetMessageClass(method.input_type)
         streams = (method.client_streaming, method.server_streaming)
         make = {
@@ -150,7 +160,6 @@ class Server:
             (False, True): grpc.unary_stream_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[streams]
-        answer = getattr(servicer, method.name, None)
         if answer is None:
             answer = _streaming_refusal(method) if method.server_streaming else _refusal(method)
         wrap = self._streaming if method.server_streaming else self._unary
@@ -257,6 +266,11 @@ class Server:
 
 #: A stream without a deadline of its own may go on this long.
 STREAM_TIMEOUT_S = 24 * 3600.0
+
+
+def method_of(servicers: Servicers, service: str, method: str) -> Any:
+    """What answers a method of a service; None where nothing does."""
+    return next((getattr(each, method) for each in servicers.get(service, ()) if hasattr(each, method)), None)
 
 
 def tenant_of(keys: Mapping[str, str], given: str) -> str:

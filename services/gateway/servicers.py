@@ -22,13 +22,15 @@ from services.deadline import Deadline
 from services.embedder.embedder import InputType
 from services.gateway.answers import Answers
 from services.gateway.batch import BatchRetrieval
-from services.gateway.catalog import Catalog, Served
+from services.gateway.catalog import Catalog
+from services.gateway.directory import Directory
 from services.gateway.documents import Documents
 from services.gateway.ingest import Ingest
 from services.gateway.models import Models, require_dimension, space_at
 from services.gateway.recommend import Recommend
 from services.gateway.resharder import Job, Resharder
 from services.gateway.retrieval import Retrieval
+from services.gateway.served import Served
 from services.gateway.streams import in_order
 from services.gateway.warming import Warming
 from services.metadata.jobs import JobState
@@ -217,8 +219,26 @@ class SearchService:
         return self._recommend.recommend(request, call.tenant, call.deadline)
 
 
-class CollectionService:
-    """Collections and their aliases."""
+class CollectionReads:
+    """Collections and their aliases, as they are."""
+
+    def __init__(self, catalog: Directory, models: Models) -> None:
+        self._catalog = catalog
+        self._models = models
+
+    async def Get(self, request: pb.GetCollectionRequest, call: Call) -> pb.Collection:
+        return collection_message(self._catalog.resolve(call.tenant, request.name, "name"), self._models)
+
+    async def List(self, request: pb.ListCollectionsRequest, call: Call) -> pb.ListCollectionsResponse:
+        return pb.ListCollectionsResponse(
+            collections=[
+                collection_message(served, self._models) for served in self._catalog.of_tenant(call.tenant)
+            ]
+        )
+
+
+class CollectionChanges:
+    """Collections that come and go, and their aliases."""
 
     def __init__(self, catalog: Catalog, models: Models, config: Config) -> None:
         self._catalog = catalog
@@ -271,15 +291,7 @@ class CollectionService:
             max_staleness_ms=request.max_staleness_ms,
             space=space,
         )
-        return self._message(served)
-
-    async def Get(self, request: pb.GetCollectionRequest, call: Call) -> pb.Collection:
-        return self._message(self._catalog.resolve(call.tenant, request.name, "name"))
-
-    async def List(self, request: pb.ListCollectionsRequest, call: Call) -> pb.ListCollectionsResponse:
-        return pb.ListCollectionsResponse(
-            collections=[self._message(served) for served in self._catalog.of_tenant(call.tenant)]
-        )
+        return collection_message(served, self._models)
 
     async def Delete(self, request: pb.DeleteCollectionRequest, call: Call) -> pb.DeleteCollectionResponse:
         await self._catalog.delete(call.tenant, request.name)
@@ -293,27 +305,29 @@ class CollectionService:
         await self._catalog.set_alias(call.tenant, request.alias, request.collection or None)
         return pb.SetAliasResponse()
 
-    def _message(self, served: Served) -> pb.Collection:
-        c = served.collection
-        return pb.Collection(
-            name=c.name,
-            model=c.model or "",
-            dim=c.dim,
-            metric=wire.METRICS_ON_WIRE[c.metric],
-            attributes=wire.schema_on_wire(c.schema),
-            slots=c.slots,
-            shards=c.shards,
-            replicas=c.replicas,
-            index=pb.IndexSpec(kind=c.index),
-            max_staleness_ms=c.max_staleness_ms,
-            generation=c.generation,
-            space=c.space,
-            variant=self._models.variant(c),
-            epoch=served.state.epoch,
-            aliases=c.aliases,
-            created_at=wire.timestamp(c.created_at_us),
-            databases=c.databases,
-        )
+
+def collection_message(served: Served, models: Models) -> pb.Collection:
+    """A collection as it is told."""
+    c = served.collection
+    return pb.Collection(
+        name=c.name,
+        model=c.model or "",
+        dim=c.dim,
+        metric=wire.METRICS_ON_WIRE[c.metric],
+        attributes=wire.schema_on_wire(c.schema),
+        slots=c.slots,
+        shards=c.shards,
+        replicas=c.replicas,
+        index=pb.IndexSpec(kind=c.index),
+        max_staleness_ms=c.max_staleness_ms,
+        generation=c.generation,
+        space=c.space,
+        variant=models.variant(c),
+        epoch=served.state.epoch,
+        aliases=c.aliases,
+        created_at=wire.timestamp(c.created_at_us),
+        databases=c.databases,
+    )
 
 
 class IndexService:
@@ -360,27 +374,21 @@ def job_message(job: Job) -> pb.Job:
     return message
 
 
-class ClusterService:
-    """What runs, how it is, and how many shards and replicas it has."""
+class ClusterReads:
+    """What runs, how it is, and what is asked for most."""
 
     def __init__(
         self,
-        catalog: Catalog,
-        resharder: Resharder,
+        catalog: Directory,
         cache: CacheTier,
-        answers: Answers,
-        warming: Warming,
         config: Config,
         *,
         release: str,
         composition: str,
-        components: Callable[[], Mapping[str, tuple[str, str]]],
+        components: Callable[[], Awaitable[Mapping[str, tuple[str, str]]]],
     ) -> None:
         self._catalog = catalog
-        self._resharder = resharder
         self._cache = cache
-        self._answers = answers
-        self._warming = warming
         self._config = config
         self._release, self._composition = release, composition
         self._components = components
@@ -404,7 +412,7 @@ class ClusterService:
             collections=[self._status(served) for served in self._catalog.of_tenant(call.tenant)],
             components=[
                 pb.Component(name=name, state=state, detail=detail)
-                for name, (state, detail) in self._components().items()
+                for name, (state, detail) in (await self._components()).items()
             ],
         )
 
@@ -425,43 +433,6 @@ class ClusterService:
                 )
             )
         return pb.HotKeysResponse(keys=hot[:limit])
-
-    async def AddShard(self, request: pb.AddShardRequest, call: Call) -> pb.Job:
-        served = self._catalog.resolve(call.tenant, request.collection)
-        if len(served.state.shards) >= MAX_SHARDS:
-            raise PreconditionFailed(f"the collection has {MAX_SHARDS} shards, and no more are allowed")
-        return job_message(await self._resharder.add_shard(served))
-
-    async def DrainShard(self, request: pb.DrainShardRequest, call: Call) -> pb.Job:
-        served = self._catalog.resolve(call.tenant, request.collection)
-        return job_message(await self._resharder.drain_shard(served, request.shard))
-
-    async def SetReplicas(self, request: pb.SetReplicasRequest, call: Call) -> pb.Job:
-        served = self._catalog.resolve(call.tenant, request.collection)
-        if not 1 <= request.replicas <= MAX_REPLICAS:
-            raise InvalidField("replicas", f"{request.replicas} is not between 1 and {MAX_REPLICAS}")
-        return job_message(await self._resharder.set_replicas(served, request.replicas))
-
-    async def WarmCache(self, request: pb.WarmCacheRequest, call: Call) -> pb.WarmCacheResponse:
-        served = self._catalog.resolve(call.tenant, request.collection)
-        limit, rate = request.limit or DEFAULT_WARMED, request.rate or DEFAULT_WARMED
-        if not 0 < rate <= MAX_WARM_RATE:
-            raise InvalidField("rate", f"{rate} is not between 0 and {MAX_WARM_RATE}")
-        warmed = await self._warming.warm(served, limit=limit, rate=rate, deadline=call.deadline)
-        return pb.WarmCacheResponse(
-            known=warmed.known, computed=warmed.computed, failed=warmed.failed, left=warmed.left
-        )
-
-    async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
-        answers, cache = self._answers.stats(), self._cache.stats()
-        avoided = answers["recomputes_avoided_total"] + cache["lease_recomputes_avoided_total"]
-        return pb.CacheStatsResponse(
-            tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
-            superseded=int(answers["superseded_total"]),
-            stampedes_avoided=int(avoided),
-            refreshed_early=int(answers["refreshed_total"]),
-            gateways=1 + int(cache["other_gateways"]),
-        )
 
     @staticmethod
     def _status(served: Served) -> pb.CollectionStatus:
@@ -522,3 +493,58 @@ class ClusterService:
             shard_map=type(map_state).__name__.lower(),
             moving_slots=0 if isinstance(map_state, Steady) else sum(map(len, map_state.gains.values())),
         )
+
+
+class CacheReads:
+    """What this gateway's cache holds and has done, and what it computes before somebody waits for it."""
+
+    def __init__(self, catalog: Directory, cache: CacheTier, answers: Answers, warming: Warming) -> None:
+        self._catalog = catalog
+        self._cache = cache
+        self._answers = answers
+        self._warming = warming
+
+    async def WarmCache(self, request: pb.WarmCacheRequest, call: Call) -> pb.WarmCacheResponse:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        limit, rate = request.limit or DEFAULT_WARMED, request.rate or DEFAULT_WARMED
+        if not 0 < rate <= MAX_WARM_RATE:
+            raise InvalidField("rate", f"{rate} is not between 0 and {MAX_WARM_RATE}")
+        warmed = await self._warming.warm(served, limit=limit, rate=rate, deadline=call.deadline)
+        return pb.WarmCacheResponse(
+            known=warmed.known, computed=warmed.computed, failed=warmed.failed, left=warmed.left
+        )
+
+    async def CacheStats(self, request: pb.CacheStatsRequest, call: Call) -> pb.CacheStatsResponse:
+        answers, cache = self._answers.stats(), self._cache.stats()
+        avoided = answers["recomputes_avoided_total"] + cache["lease_recomputes_avoided_total"]
+        return pb.CacheStatsResponse(
+            tiers=[json_format.ParseDict(tier, pb.TierStats()) for tier in self._cache.tiers()],
+            superseded=int(answers["superseded_total"]),
+            stampedes_avoided=int(avoided),
+            refreshed_early=int(answers["refreshed_total"]),
+            gateways=1 + int(cache["other_gateways"]),
+        )
+
+
+class ShardChanges:
+    """How many shards and replicas a collection has."""
+
+    def __init__(self, catalog: Directory, resharder: Resharder) -> None:
+        self._catalog = catalog
+        self._resharder = resharder
+
+    async def AddShard(self, request: pb.AddShardRequest, call: Call) -> pb.Job:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        if len(served.state.shards) >= MAX_SHARDS:
+            raise PreconditionFailed(f"the collection has {MAX_SHARDS} shards, and no more are allowed")
+        return job_message(await self._resharder.add_shard(served))
+
+    async def DrainShard(self, request: pb.DrainShardRequest, call: Call) -> pb.Job:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        return job_message(await self._resharder.drain_shard(served, request.shard))
+
+    async def SetReplicas(self, request: pb.SetReplicasRequest, call: Call) -> pb.Job:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        if not 1 <= request.replicas <= MAX_REPLICAS:
+            raise InvalidField("replicas", f"{request.replicas} is not between 1 and {MAX_REPLICAS}")
+        return job_message(await self._resharder.set_replicas(served, request.replicas))

@@ -24,6 +24,8 @@ _POOL, _POSTGRES = stage("pool"), stage("postgres")
 
 #: Callers that may wait for a connection; beyond it they are refused.
 WAITING_LIMIT = 256
+#: Whoever stops in the middle of a transaction keeps others from the log that it writes to for no longer.
+STOPPED_MS = 2_000
 #: A server that gives no connection for so long is away.
 CONNECT_WAIT_S = 2.0
 #: A connection is tried for so long, with growing pauses; after that anew, as soon as somebody wants one.
@@ -48,6 +50,7 @@ def connection_arguments(url: str, statement_timeout_ms: int) -> dict[str, objec
     settings = {
         "search_path": "ringfort",
         "statement_timeout": str(statement_timeout_ms),
+        "idle_in_transaction_session_timeout": str(STOPPED_MS),
         "default_transaction_isolation": r"read\ committed",
         "client_min_messages": "warning",
         "jit": "off",

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from rpc import Rpc
+from scrape import Scrape
 from up import Up, lend_model
 
 from ringfort import Client
@@ -20,10 +21,10 @@ from ringfort.errors import NotFound
 #: Small enough for a test's collection to be sealed into segments, and for its answers to leave L1.
 SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "500", "RINGFORT_CACHE__L1_BYTES": str(4 * 1024 * 1024)}
 
-#: `up`'s options for the composition under test: embedded, or COMPOSITION=processes or ray.
+#: `up`'s options for the composition under test: embedded, or COMPOSITION=processes or ray, with GATEWAYS=2.
 COMPOSITION: tuple[str, ...] = ()
 if launcher := os.environ.get("COMPOSITION"):
-    COMPOSITION = ("--cluster",)
+    COMPOSITION = ("--cluster", "--gateways", os.environ.get("GATEWAYS", "2"))
     SETTINGS["RINGFORT_CLUSTER__LAUNCHER"] = launcher
 #: SERVER=native runs the same tests against the other gRPC server.
 if server := os.environ.get("SERVER"):
@@ -90,6 +91,12 @@ def web(service: Up) -> Iterator[httpx.Client]:
     """The HTTP face of the shared service."""
     with httpx.Client(base_url=f"http://{service.http}", timeout=30.0) as web:
         yield web
+
+
+@pytest.fixture(scope="session")
+def scrape(service: Up, client: Client) -> Scrape:
+    """The figures of the shared service."""
+    return Scrape(service, client)
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-import httpx
 import numpy as np
 import pytest
 from bad_requests import BAD, INVALID, TEXTS, UNIMPLEMENTED, VECTORS, Bad
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from refusal import Refusal, refused
 from rpc import Rpc
+from scrape import Scrape
 from waiting import eventually
 
 from protos.ringfort import v1 as pb
@@ -114,36 +114,31 @@ def test_a_deadline_that_has_passed_is_said_to_have(rpc: Rpc) -> None:
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def all_well(rpc: Rpc, channel: grpc.Channel, web: httpx.Client) -> None:
+def all_well(rpc: Rpc, channel: grpc.Channel, scrape: Scrape) -> None:
     """The service says so itself, answers, and has nothing left under way."""
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     found = rpc.search.Search(pb.SearchRequest(collection=TEXTS, text="document a", k=1, cache=pb.BYPASS))
     assert [hit.id for hit in found.hits] == ["a"]
-    eventually(lambda: gauge(web, "ringfort_gateway_in_flight") == 0)
-
-
-def gauge(web: httpx.Client, name: str) -> float:
-    (line,) = [line for line in web.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
-    return float(line.split()[1])
+    eventually(lambda: scrape.value("ringfort_gateway_in_flight") == 0)
 
 
 @pytest.mark.parametrize("callers", [1, 32])
 def test_two_hundred_bad_calls_leave_the_service_as_it_was(
-    rpc: Rpc, channel: grpc.Channel, web: httpx.Client, callers: int
+    rpc: Rpc, channel: grpc.Channel, scrape: Scrape, callers: int
 ) -> None:
     bad = [list(BAD.values())[i % len(BAD)] for i in range(200)]
     with ThreadPoolExecutor(callers) as pool:
         refusals = list(pool.map(lambda one: send(rpc, one), bad))
     assert [refusal.code for refusal in refusals] == [one.code for one in bad]
-    all_well(rpc, channel, web)
+    all_well(rpc, channel, scrape)
 
 
-def test_callers_who_leave_leave_nothing_behind(rpc: Rpc, channel: grpc.Channel, web: httpx.Client) -> None:
+def test_callers_who_leave_leave_nothing_behind(rpc: Rpc, channel: grpc.Channel, scrape: Scrape) -> None:
     calls = [
         rpc.embedding.Embed.future(pb.EmbedRequest(texts=[f"left {i} {j}" for j in range(50)]))
         for i in range(50)
     ]
     for call in calls:
         call.cancel()
-    all_well(rpc, channel, web)
+    all_well(rpc, channel, scrape)

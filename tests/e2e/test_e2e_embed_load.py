@@ -8,11 +8,11 @@ from time import monotonic, sleep
 from uuid import uuid4
 
 import grpc
-import httpx
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from refusal import refusal_of
 from rpc import Rpc
+from scrape import Scrape
 from up import Up
 from waiting import eventually
 
@@ -23,22 +23,22 @@ HITS = "ringfort_cache_l1_hits_total"
 
 
 @pytest.fixture
-def idle(web: httpx.Client) -> Iterator[Callable[[], bool]]:
+def idle(scrape: Scrape) -> Iterator[Callable[[], bool]]:
     """Whether nothing is under way; every test leaves it so."""
 
     def idle() -> bool:
-        return queued(web) == 0 and gauge(web, "ringfort_gateway_in_flight") == 0
+        return queued(scrape) == 0 and scrape.value("ringfort_gateway_in_flight") == 0
 
     yield idle
     eventually(idle)
 
 
 def test_a_full_queue_refuses_says_when_to_come_back_and_recovers(
-    rpc: Rpc, web: httpx.Client, idle: Callable[[], bool]
+    rpc: Rpc, scrape: Scrape, idle: Callable[[], bool]
 ) -> None:
     # Four calls fill the queue to the last place; texts are long, so that it empties slowly.
     waiting = [rpc.embedding.Embed.future(work(ROWS)) for _ in range(4)]
-    eventually(lambda: queued(web) > 3.5 * ROWS)
+    eventually(lambda: queued(scrape) > 3.5 * ROWS)
     with pytest.raises(grpc.RpcError) as raised:
         rpc.embedding.Embed(work(ROWS))
     refusal = refusal_of(raised.value)
@@ -51,9 +51,9 @@ def test_a_full_queue_refuses_says_when_to_come_back_and_recovers(
 
 
 def test_a_caller_killed_in_the_middle_of_a_stream_leaves_no_work_behind(
-    service: Up, web: httpx.Client, idle: Callable[[], bool]
+    service: Up, scrape: Scrape, idle: Callable[[], bool]
 ) -> None:
-    before = gauge(web, "ringfort_embedder_abandoned_texts_total")
+    before = scrape.value("ringfort_embedder_abandoned_texts_total")
     code = (
         "import sys, grpc\n"
         "from protos.ringfort import v1 as pb\n"
@@ -65,27 +65,27 @@ def test_a_caller_killed_in_the_middle_of_a_stream_leaves_no_work_behind(
     )
     with subprocess.Popen([sys.executable, "-c", code, service.grpc, uuid4().hex]) as caller:
         try:
-            eventually(lambda: queued(web) > 1_500)
+            eventually(lambda: queued(scrape) > 1_500)
         finally:
             caller.send_signal(signal.SIGKILL)
     eventually(idle)
-    assert gauge(web, "ringfort_embedder_abandoned_texts_total") - before > 1_000
+    assert scrape.value("ringfort_embedder_abandoned_texts_total") - before > 1_000
 
 
 def test_a_stream_nobody_reads_is_not_worked_on(
-    service: Up, web: httpx.Client, idle: Callable[[], bool]
+    service: Up, scrape: Scrape, idle: Callable[[], bool]
 ) -> None:
     """Its answers fill the connection's window, which else grows to megabytes; then the rest has to wait."""
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     texts = [f"{uuid4().hex} {i}" for i in range(128)]
     requests = 32
     asked = (pb.EmbedRequest(texts=texts[: len(texts) - number]) for number in range(requests))
-    before = gauge(web, HITS)
+    before = scrape.value(HITS)
     with grpc.insecure_channel(service.grpc, options) as channel:
         stream = Rpc.on(channel).embedding.EmbedStream(asked)
         first = next(stream)
         # The first request is computed, all others are remembered from it.
-        assert settled(lambda: gauge(web, HITS)) - before < len(texts) * requests / 2
+        assert settled(lambda: scrape.value(HITS)) - before < len(texts) * requests / 2
         rows = [first.vectors.rows, *(answer.vectors.rows for answer in stream)]
     assert rows == [len(texts) - number for number in range(requests)]
 
@@ -106,13 +106,8 @@ def work(rows: int) -> pb.EmbedRequest:
     return pb.EmbedRequest(texts=[f"{own} {i} " + "long winding river " * 60 for i in range(rows)])
 
 
-def queued(web: httpx.Client) -> float:
-    return gauge(web, "ringfort_embedder_queue_texts")
-
-
-def gauge(web: httpx.Client, name: str) -> float:
-    (line,) = [line for line in web.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
-    return float(line.split()[1])
+def queued(scrape: Scrape) -> float:
+    return scrape.value("ringfort_embedder_queue_texts")
 
 
 def retry_after_s(error: grpc.RpcError) -> float:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from up import Up
+from scrape import Scrape
 
 from deploy.observability import dashboard, rules
 from deploy.observability.objectives import FAULTS
@@ -39,14 +39,15 @@ def labels(name: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def exported(service: Up, client: Client) -> set[str]:
+def exported(scrape: Scrape, client: Client) -> set[str]:
     client.create_collection("watched")
     client.search("watched", text="anything")
     client.delete_collection("watched")
     client.create_collection("watched")
-    text = httpx.get(f"http://{service.http}/metrics", timeout=30).text
+    texts = [httpx.get(f"http://{each}/metrics", timeout=30).text for each in scrape.gateways]
     client.delete_collection("watched")
-    return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    families = [family for text in texts for family in text_string_to_metric_families(text)]
+    return {sample.name for family in families for sample in family.samples}
 
 
 def test_every_metric_named_is_exported_or_recorded(exported: set[str]) -> None:

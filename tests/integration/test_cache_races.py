@@ -41,7 +41,7 @@ class Leased:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.watermark = Watermark(LEASE_S)
-        self.watermark.renewed(0.0, "log", 5)
+        self.watermark.renewed(0.0, {"log": 5})
 
     def known(self, served: Asked):
         known = self.watermark.known(self.clock.now_s)
@@ -102,7 +102,7 @@ async def test_a_holder_that_was_paused_serves_nothing_kept_until_it_knows_again
     search.latest = 6
     assert (await one.ask(asked, search)).body == b"6"
     assert isinstance(await one.ask(asked, search), Computed)
-    watermark.renewed(LEASE_S, "log", 6)
+    watermark.renewed(LEASE_S, {"log": 6})
     found = await one.ask(asked, search)
     assert (type(found), found.body) == (Cached, b"6")
 
@@ -170,7 +170,7 @@ async def test_an_answer_of_another_log_is_never_served(two):
     assert (await one.ask(asked, search)).body == b"50"
     # Restored from a backup: positions begin again at 5, and pass 50 in the end.
     for gateway, mark in ((one, watermark), (other, others)):
-        mark.renewed(1.0, "restored", 5)
+        mark.renewed(1.0, {"restored": 5})
         gateway.served = Asked("restored", 5, 7)
     search.latest = 5
     for gateway in (one, other):

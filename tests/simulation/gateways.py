@@ -154,9 +154,10 @@ class Gateway:
 
     def renewed(self, sent_s: float, log_id: str, position: int) -> None:
         sent_s = self.now_s() if self.counts_lease_from_receipt else sent_s
-        self.watermark.renewed(sent_s, log_id, position)
-        if self.served.log_id != self.watermark.log_id:
-            self.served = self._serve(self.watermark.log_id)
+        self.watermark.renewed(sent_s, {log_id: position})
+        [followed] = self.watermark.positions
+        if self.served.log_id != followed:
+            self.served = self._serve(followed)
 
     async def ask(self, question: int) -> int:
         """The position of the last write that the answer includes."""

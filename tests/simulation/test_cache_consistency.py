@@ -78,14 +78,15 @@ class ForgetsItsLease(Watermark):
     """Relies on what it knows although its lease is over."""
 
     def known(self, now_s: float) -> Mapping[str, int] | None:
-        return {self.log_id: self.position}
+        return self.positions
 
 
 class HearsOnlyItself(Watermark):
     """Takes a renewal for news of the lease alone, and none of the position."""
 
-    def renewed(self, sent_s: float, log_id: str, position: int) -> None:
-        super().renewed(sent_s, log_id, 0 if log_id == self.log_id else position)
+    def renewed(self, sent_s: float, positions: Mapping[str, int]) -> None:
+        followed = positions.keys() == self.positions.keys()
+        super().renewed(sent_s, dict.fromkeys(positions, 0) if followed else positions)
 
 
 class KnowsNoLogs(Watermark):
@@ -94,8 +95,8 @@ class KnowsNoLogs(Watermark):
     def heard(self, log_id: str, position: int) -> bool:
         return super().heard("log", position)
 
-    def renewed(self, sent_s: float, log_id: str, position: int) -> None:
-        super().renewed(sent_s, "log", position)
+    def renewed(self, sent_s: float, positions: Mapping[str, int]) -> None:
+        super().renewed(sent_s, {"log": max(positions.values())})
 
 
 MISTAKES = {

@@ -26,13 +26,16 @@ ENVIRONMENT = {
     "RINGFORT_CLUSTER__EMBEDDERS": "2",
     "RINGFORT_SHARD__MEMTABLE_ROWS": "500",
 }
+CLUSTER = ("--cluster", "--nodes", "2", "--gateways", "2")
+#: Two nodes, two processes of the model, and the gateway beside the head's.
+PROCESSES = 5
 SEARCHES = 20
 BACK_WITHIN_S = 90.0
 
 
 @pytest.fixture
 def service(data_dir: Path) -> Iterator[Up]:
-    up = Up.start(data_dir, "--cluster", "--nodes", "2", env=ENVIRONMENT, ready_within_s=240)
+    up = Up.start(data_dir, *CLUSTER, env=ENVIRONMENT, ready_within_s=240)
     yield up
     if up.process.poll() is None:
         assert up.stop() == 0
@@ -73,11 +76,11 @@ def whole(client: Client) -> bool:
 @pytest.mark.timeout(600)
 def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir: Path) -> None:
     with Client(service.grpc) as client:
-        eventually(lambda: len(components(client)) == 4, BACK_WITHIN_S)
+        eventually(lambda: len(components(client)) == PROCESSES, BACK_WITHIN_S)
         with MixedLoad(service.grpc) as load:
 
             def quiet() -> None:
-                eventually(lambda: whole(client) and len(components(client)) == 4, BACK_WITHIN_S)
+                eventually(lambda: whole(client) and len(components(client)) == PROCESSES, BACK_WITHIN_S)
                 written = load.writes
                 eventually(lambda: load.writes > written + 1, BACK_WITHIN_S)
                 load.phase("everything is there")
@@ -106,6 +109,17 @@ def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir:
             seen = load.phase("after an embedder's death")
             for kind in ("sole", "pair", "texts"):
                 assert set(seen[kind].searches) == {"OK"}, load.timeline
+                assert seen[kind].least_coverage == 1.0, load.timeline
+
+            quiet()
+            killed("gateway gateway-1", components(client)["gateway gateway-1"])
+            eventually(lambda: load.enough(SEARCHES), BACK_WITHIN_S)
+            eventually(lambda: len(components(client)) == PROCESSES, BACK_WITHIN_S)
+            seen = load.phase("gateway-1 is back")
+            for kind in ("sole", "pair", "texts", "count"):
+                # Whoever was connected to it is told so, and is connected to the other one then.
+                assert set(seen[kind].searches) <= {"OK", "UNAVAILABLE"}, load.timeline
+                assert seen[kind].searches["UNAVAILABLE"] < SEARCHES, load.timeline
                 assert seen[kind].least_coverage == 1.0, load.timeline
 
             for name in ("valkey-server", "postgres"):
@@ -139,9 +153,9 @@ def test_whatever_dies_the_rest_goes_on_and_it_comes_back(service: Up, data_dir:
         compare(client, load.acknowledged)
         began_s = time.monotonic()
         service.kill()
-        load.tell("SIGKILL the head, which is the gateway")
+        load.tell("SIGKILL the head, and what runs beside it ends")
     end(service.process)
-    again = Up.start(data_dir, "--cluster", "--nodes", "2", env=ENVIRONMENT, ready_within_s=240)
+    again = Up.start(data_dir, *CLUSTER, env=ENVIRONMENT, ready_within_s=240)
     try:
         load.tell(f"another head is ready, {time.monotonic() - began_s:.1f} s later")
         with Client(again.grpc) as client:

@@ -4,3 +4,4 @@
 from .embedder_node_pb2 import *
 from .head_pb2 import *
 from .shard_node_pb2 import *
+from .siblings_pb2 import *

@@ -47,8 +47,9 @@ class Member(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    HTTP_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """shard, embedder or gateway."""
+    """shard, embedder or gateway; or listener, who only hears what the head says."""
     name: _builtins.str
     """Its own among those of its kind, the same after a restart."""
     address: _builtins.str
@@ -56,6 +57,8 @@ class Member(_message.Message):
     model: _builtins.str
     """Embedders: NAME@VERSION."""
     pid: _builtins.int
+    http: _builtins.str
+    """Gateways: HOST:PORT where this one alone answers HTTP."""
     def __init__(
         self,
         *,
@@ -64,10 +67,11 @@ class Member(_message.Message):
         address: _builtins.str = ...,
         model: _builtins.str = ...,
         pid: _builtins.int = ...,
+        http: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "kind", b"kind", "model", b"model", "name", b"name", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "http", b"http", "kind", b"kind", "model", b"model", "name", b"name", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
