@@ -52,7 +52,7 @@ def local_shards(directory: str, threads: ThreadPoolExecutor) -> LocalShards:
         return nothing if after else all_of_it
 
     return LocalShards(
-        Path(directory), lambda _: tail, search_threads=threads, memtable_rows=8_192, graph_rows=50_000,
+        Path(directory), lambda *_: tail, search_threads=threads, memtable_rows=8_192, graph_rows=50_000,
         poll_ms=500, device="cpu",
     )  # fmt: skip
 

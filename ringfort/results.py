@@ -347,6 +347,8 @@ class Collection:
     epoch: int
     aliases: tuple[str, ...]
     created_at: datetime
+    #: Where its documents lie.
+    databases: tuple[str, ...] = ("home",)
 
     @classmethod
     def of(cls, answer: pb.Collection) -> "Collection":
@@ -370,6 +372,7 @@ class Collection:
             epoch=answer.epoch,
             aliases=tuple(answer.aliases),
             created_at=answer.created_at.ToDatetime(tzinfo=UTC),
+            databases=tuple(answer.databases) or ("home",),
         )
 
 

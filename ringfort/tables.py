@@ -286,15 +286,20 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
     replicas.add_column("collection", style="bold", no_wrap=True)
     for column in ("shard", "replica"):
         replicas.add_column(column, justify="right")
+    spread = any(len(each.logs) > 1 for each in answer.collections)
+    if spread:
+        replicas.add_column("database")
     replicas.add_column("state")
     for column in ("slots", "documents", "segments", "memtable", "pending", "position", "behind"):
         replicas.add_column(column, justify="right")
     for each in answer.collections:
+        watermarks = {log.database: log.watermark for log in each.logs}
         for replica in each.replicas:
             replicas.add_row(
                 Text(each.name),
                 str(replica.shard),
                 str(replica.replica),
+                *([replica.database] if spread else []),
                 _explained(replica.state, replica.detail),
                 f"{replica.slots:,}",
                 f"{replica.documents:,}",
@@ -302,7 +307,7 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
                 f"{replica.memtable_rows:,}",
                 f"{replica.pending_rows:,}",
                 f"{replica.position:,}",
-                f"{max(0, each.watermark - replica.position):,}",
+                f"{max(0, watermarks.get(replica.database, each.watermark) - replica.position):,}",
             )
     limits = Text(
         " · ".join(

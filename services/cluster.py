@@ -33,7 +33,7 @@ from services.gateway.remote_embedder import RemoteEmbedder, RemoteImageEmbedder
 from services.gateway.remote_shards import RemoteShards
 from services.gateway.server import Servicers
 from services.gateway.siblings import Siblings
-from services.members import EmbedderNodeSettings, ShardNodeSettings, claim_on_wire
+from services.members import EmbedderNodeSettings, ShardNodeSettings, claim_on_wire, claims_on_wire
 from services.membership import Head
 from services.metadata.store import Store
 from services.peers import Peer, Port, own_host
@@ -99,7 +99,7 @@ class Cluster(Embedded):
         settings = self._config.cluster
         self._data_dir = data_dir
         self._token = data_dir.secrets.password("internal")
-        self._head = Head(lambda: claim_on_wire(store.claim))
+        self._head = Head(lambda: claim_on_wire(store.claim), lambda: claims_on_wire(store))
         port = Port({head_pb2.DESCRIPTOR.services_by_name["Head"]: self._head}, self._token)
         self._address = await port.start(f"{own_host(settings.host)}:0")
         self._stack.push_async_callback(port.stop, 0)
@@ -119,6 +119,7 @@ class Cluster(Embedded):
                     host=settings.host,
                     directory=str(data_dir.path / "nodes" / name),
                     postgres_url=self._postgres_url,
+                    partitions=self._config.metadata.partitions,
                     memtable_rows=shard.memtable_rows,
                     graph_rows=shard.graph_rows,
                     child_rows=shard.child_rows,
@@ -199,6 +200,7 @@ class Cluster(Embedded):
                     config=self._config.model_copy(update={"gateway": ports}).model_dump_json(),
                     release=self._release,
                     postgres_url=self._postgres_url,
+                    partitions=self._config.metadata.partitions,
                     redis_url=redis_url,
                     models=str(self._data_dir.models),
                     model=str(default.directory),

@@ -4,10 +4,11 @@ Only the composition roots read it; parts get plain values. An unknown key fails
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -16,6 +17,9 @@ from pydantic_settings import (
 )
 
 from index_builder.segments.index_spec import GRAPH_ROWS
+from shard_router.model import HOME
+
+DATABASE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
 class Section(BaseModel):
@@ -125,12 +129,24 @@ class CacheSettings(Section):
 class MetadataSettings(Section):
     """Postgres, the truth and the log."""
 
-    #: An existing server; otherwise one is started from its wheel.
+    #: The home database, on an existing server; otherwise one is started from its wheel.
     postgres_url: str | None = None
+    #: By a name that stays, URLs of further databases that documents of new collections are spread over.
+    partitions: dict[str, str] = Field(default_factory=dict)
     pool_size: int = Field(8, ge=2)
     statement_timeout_ms: int = Field(10_000, ge=100)
     #: Deletes are remembered so long; a replica or backup that lagged behind by more is built anew.
     tombstone_ttl_s: float = Field(7 * 24 * 3600.0, gt=0)
+
+    @field_validator("partitions")
+    @classmethod
+    def _named(cls, partitions: dict[str, str]) -> dict[str, str]:
+        for name in partitions:
+            if name == HOME or not DATABASE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} is not 1 to 63 of a-z, 0-9, _ and -, a letter first, or it is {HOME!r}"
+                )
+        return partitions
 
 
 class IndexSettings(Section):

@@ -38,6 +38,7 @@ from services.shard.local_shards import LocalShards
 from services.supervisor import Supervisor
 from services.telemetry import log_to
 from shard_router import filters
+from shard_router.model import HOME
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Embedded:
             others=others,
             release=self._release,
             composition=self.composition,
-            components=functools.partial(self._components, supervisor, cache),
+            components=functools.partial(self._components, supervisor, store, cache),
         )
         front.telemetry.parts.add("shard", catalog.stats)
         front.telemetry.parts.add("supervisor", supervisor.stats)
@@ -152,6 +153,7 @@ class Embedded:
             self._postgres_url = settings.metadata.postgres_url or await supervisor.start_postgres()
             return await Store.open(
                 self._postgres_url,
+                partitions=settings.metadata.partitions,
                 pool_size=settings.metadata.pool_size,
                 statement_timeout_ms=settings.metadata.statement_timeout_ms,
                 tombstone_ttl_s=settings.metadata.tombstone_ttl_s,
@@ -218,10 +220,15 @@ class Embedded:
             device=settings.device,
         )
 
-    async def _components(self, supervisor: Supervisor, cache: CacheTier) -> Mapping[str, tuple[str, str]]:
+    async def _components(
+        self, supervisor: Supervisor, store: Store, cache: CacheTier
+    ) -> Mapping[str, tuple[str, str]]:
         states = {name: (state, "child process") for name, state in supervisor.state().items()}
         if self._config.metadata.postgres_url:
             states["postgres"] = ("external", "by URL")
+        for name, away in store.databases.items():
+            if name != HOME:
+                states[f"postgres {name}"] = ("away", away) if away else ("external", "by URL")
         states["cache"] = next(
             ((str(tier["state"]), "Redis tier") for tier in cache.tiers() if tier["name"] == "REDIS"),
             ("off", "Redis tier"),

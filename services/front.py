@@ -169,6 +169,7 @@ class Front:
         self.telemetry.parts.add_each("model", models.stats_of_each)
         self.telemetry.parts.add_each("ranker", self._rankers.stats_of_each)
         self.telemetry.parts.add_each("hot_key", self._cache.stats_of_hottest, label="rank")
+        self.telemetry.parts.add_each("partition", self._store.stats_of_each)
         http = Http(
             gateway, embedding_service, search_service, self.telemetry, admission, self._missing, tracing
         )

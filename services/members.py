@@ -50,6 +50,8 @@ class ShardNodeSettings(msgspec.Struct, frozen=True, tag="shard"):
     #: Its segments and logs; nobody else's.
     directory: str
     postgres_url: str
+    #: Further databases, by name.
+    partitions: dict[str, str]
     memtable_rows: int
     graph_rows: int
     child_rows: int
@@ -100,7 +102,8 @@ class Member:
                 return await self._start_embedder(self._settings)
             case SiblingSettings():
                 claim = BorrowedClaim()
-                sibling = Sibling(self._settings, claim, _hears(claim), self._stack)
+                claims = {name: BorrowedClaim() for name in self._settings.partitions}
+                sibling = Sibling(self._settings, claim, claims, _hears(claim, claims), self._stack)
                 return await sibling.start()
 
     @property
@@ -123,7 +126,13 @@ class Member:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_to(directory / "logs")
         claim = BorrowedClaim()
-        store = await Store.borrow(settings.postgres_url, claim, pool_size=_POOL_SIZE)
+        claims = {name: BorrowedClaim() for name in settings.partitions}
+        store = await Store.borrow(
+            settings.postgres_url,
+            claim,
+            partitions={name: (url, claims[name]) for name, url in settings.partitions.items()},
+            pool_size=_POOL_SIZE,
+        )
         self._stack.push_async_callback(store.close)
         threads = ThreadPoolExecutor(settings.threads or usable_cpus(), thread_name_prefix="search")
         self._stack.callback(threads.shutdown)
@@ -141,7 +150,7 @@ class Member:
         self._stack.push_async_callback(node.close)
         service = shard_node_pb2.DESCRIPTOR.services_by_name["ShardNode"]
         port = Port({service: node}, settings.token)
-        address = await self._join(port, internal.Member(kind="shard"), _hears(claim))
+        address = await self._join(port, internal.Member(kind="shard"), _hears(claim, claims))
         self._stack.callback(node.leave)
         return address
 
@@ -172,14 +181,25 @@ class Member:
         return address
 
 
-def _hears(claim: BorrowedClaim) -> Callable[[internal.Word], None]:
-    """Lets a claim be what the head says."""
-    return lambda word: claim.tell(claim_from(word.claim))
+def _hears(claim: BorrowedClaim, partitions: Mapping[str, BorrowedClaim]) -> Callable[[internal.Word], None]:
+    """Lets claims be what the head says: to the home database, and by name to its partitions."""
+
+    def hear(word: internal.Word) -> None:
+        claim.tell(claim_from(word.claim))
+        for name, told in word.partitions.items():
+            partitions[name].tell(claim_from(told))
+
+    return hear
 
 
 def claim_on_wire(claim: Claim) -> internal.Claim:
     """A claim as a message."""
     return internal.Claim(id=claim.id.bytes, log_id=claim.log_id, term=claim.term, identity=claim.identity)
+
+
+def claims_on_wire(store: Store) -> Mapping[str, internal.Claim]:
+    """The claims to the partitions that were there so far."""
+    return {name: claim_on_wire(claim) for name, claim in store.claims.items()}
 
 
 def claim_from(message: internal.Claim) -> Claim:

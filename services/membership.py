@@ -6,7 +6,7 @@ that hangs when its connection's probes fail.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING
 
 from protos.ringfort.internal import v1 as internal
@@ -33,9 +33,13 @@ Listener = Callable[[internal.Member, bool], None]
 class Head:
     """The service Head of protos/ringfort/internal: members come and go, listeners hear of it."""
 
-    def __init__(self, claim: Callable[[], internal.Claim]) -> None:
-        """`claim` tells the present claim to the database."""
-        self._claim = claim
+    def __init__(
+        self,
+        claim: Callable[[], internal.Claim],
+        partitions: Callable[[], Mapping[str, internal.Claim]] = dict,
+    ) -> None:
+        """They tell the present claim to the home database, and by name those to its partitions."""
+        self._claim, self._partitions = claim, partitions
         self._members: dict[tuple[str, str], internal.Member] = {}
         self._listeners: list[Listener] = []
         #: Set, and replaced, whenever somebody joins or leaves.
@@ -79,7 +83,9 @@ class Head:
         try:
             while not ending.done():
                 changed = self._changed
-                word = internal.Word(claim=self._claim(), members=self._members.values())
+                word = internal.Word(
+                    claim=self._claim(), members=self._members.values(), partitions=self._partitions()
+                )
                 if word != told:
                     told = word
                     yield word

@@ -57,6 +57,8 @@ class SiblingSettings(msgspec.Struct, frozen=True, tag="gateway"):
     config: str
     release: str
     postgres_url: str
+    #: Further databases, by name.
+    partitions: dict[str, str]
     redis_url: str | None
     #: Where models lie, and the default one's directory there.
     models: str
@@ -72,13 +74,14 @@ class Sibling:
         self,
         settings: SiblingSettings,
         claim: BorrowedClaim,
+        claims: Mapping[str, BorrowedClaim],
         hear_claim: Callable[[internal.Word], None],
         stack: AsyncExitStack,
     ) -> None:
-        """`hear_claim` takes what the head says of the claim to the database."""
+        """claims: by name, those to partitions; `hear_claim` takes what the head says of all of them."""
         self._settings, self._stack = settings, stack
         self._config = Config.model_validate_json(settings.config)
-        self._claim, self._hear_claim = claim, hear_claim
+        self._claim, self._claims, self._hear_claim = claim, claims, hear_claim
         nodes = [f"node-{i}" for i in range(self._config.cluster.nodes)]
         self._shards = RemoteShards(nodes, settings.token)
         #: By NAME@VERSION, the processes of the models that are asked here.
@@ -109,6 +112,7 @@ class Sibling:
         self._store = store = await Store.borrow(
             settings.postgres_url,
             self._claim,
+            partitions={name: (url, self._claims[name]) for name, url in settings.partitions.items()},
             pool_size=config.metadata.pool_size,
             statement_timeout_ms=config.metadata.statement_timeout_ms,
         )

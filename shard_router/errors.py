@@ -31,6 +31,12 @@ class RingfortError(Exception):
         self.field = f"{parent}.{self.field}" if self.field else parent
         return self
 
+    def again(self) -> "RingfortError":
+        """An error that says the same, to be told of another part of the request."""
+        other = type(self).__new__(type(self), *self.args)
+        vars(other).update(vars(self))
+        return other
+
 
 class InvalidField(RingfortError):
     """A field of the request cannot be accepted."""
@@ -173,11 +179,13 @@ class EmbedderUnavailable(Unavailable):
 
 
 class StorageUnavailable(Unavailable):
-    """The database cannot be reached or did not confirm the commit."""
+    """The database cannot be reached or did not confirm the commit; by name where it is not the only one."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(f"the database is away: {why}")
-        self.why = why
+    def __init__(self, why: str, database: str = "") -> None:
+        super().__init__(
+            f"the database {database!r} is away: {why}" if database else f"the database is away: {why}"
+        )
+        self.why, self.database = why, database
 
 
 class DeadlineExceeded(RingfortError):

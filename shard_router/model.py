@@ -53,6 +53,9 @@ class Version(msgspec.Struct, frozen=True, order=True):
 #: `if_version` of a document that must not exist yet.
 ABSENT = Version(0, 0)
 
+#: The database that knows of everything; documents may lie in others, too.
+HOME = "home"
+
 
 @dataclass(frozen=True, slots=True)
 class Collection:
@@ -80,6 +83,8 @@ class Collection:
     space: str
     created_at_us: int
     aliases: tuple[str, ...] = ()
+    #: The databases its documents lie in, for good; each of them is a log of its own.
+    databases: tuple[str, ...] = (HOME,)
 
 
 # Documents are no part of cycles (gc=False): the garbage collector need not walk over a memtable of them.

@@ -12,20 +12,23 @@ for at its old owner alone; so the position is read only after that. Copies of a
 not waited for, as long as one is there; a copy that comes back begins again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from shard_router.errors import PreconditionFailed
+from shard_router.model import HOME
 from shard_router.shard_map import MapState, Migrating, Retiring, Steady
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Copy:
-    """One replica of a shard, by number."""
+    """One replica of a shard, by number; of a shard's slots in one database, where there are several."""
 
     shard: int
     replica: int
+    #: Not hashed, as a string's hash is another in every process: sets of copies keep the order of a seed.
+    database: str = field(default=HOME, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,12 @@ class Backfill:
 
 @dataclass(frozen=True, slots=True)
 class ReadPosition:
-    """Read where the log stands; PositionRead follows."""
+    """Read where every log stands; PositionRead follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class AwaitApplied:
-    """Wait until a copy has applied the log up to there; Applied follows."""
+    """Wait until a copy has applied its log up to there; Applied follows."""
 
     copy: Copy
     position: int
@@ -118,14 +121,14 @@ class Backfilled:
 
 @dataclass(frozen=True, slots=True)
 class PositionRead:
-    """The log stood there, after everybody had heard and every copy was backfilled."""
+    """The logs stood there, by database, after everybody had heard and every copy was backfilled."""
 
-    position: int
+    positions: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A copy has applied the log up to there."""
+    """A copy has applied its log up to there."""
 
     copy: Copy
     position: int
@@ -158,29 +161,33 @@ class Resharding:
     state: MapState
     #: The copies that are up.
     copies: set[Copy]
+    #: Each has a log of its own, and each shard copies that follow it.
+    databases: tuple[str, ...] = (HOME,)
     #: What `moved` will be, where `state` is Steady to begin with.
     moved: bool = True
     stage: Stage = Stage.STORING
     #: While STORING: what is to be stored.
     _next: MapState | None = None
-    #: New owners' copies that have what they gain, and of those the ones beyond `_position`.
+    #: New owners' copies that have what they gain, and of those the ones beyond `_positions`.
     _whole: set[Copy] = field(default_factory=set)
     _applied: set[Copy] = field(default_factory=set)
-    _position: int = 0
+    _positions: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, target: Migrating, copies: Iterable[Copy]) -> tuple["Resharding", list[Instruction]]:
+    def begin(
+        cls, target: Migrating, copies: Iterable[Copy], databases: tuple[str, ...] = (HOME,)
+    ) -> tuple["Resharding", list[Instruction]]:
         """A new change: the state before it is Steady at the epoch before `target`'s."""
         before = Steady(target.old)
-        machine = cls(before, set(copies))
+        machine = cls(before, set(copies), databases)
         return machine, machine._store(target)
 
     @classmethod
     def resume(
-        cls, state: MapState, copies: Iterable[Copy], moved: bool = True
+        cls, state: MapState, copies: Iterable[Copy], databases: tuple[str, ...] = (HOME,)
     ) -> tuple["Resharding", list[Instruction]]:
         """Go on from what is stored. Everything that may not have been done is done again."""
-        machine = cls(state, set(copies), moved)
+        machine = cls(state, set(copies), databases)
         return machine, machine._entered()
 
     @property
@@ -224,12 +231,12 @@ class Resharding:
             case Backfilled(copy):
                 self._whole |= {copy} & self.gaining
                 return self._on()
-            case PositionRead(position):
+            case PositionRead(positions):
                 if self.stage is Stage.READING:
-                    self.stage, self._position = Stage.APPLYING, position
-                    return [AwaitApplied(copy, position) for copy in sorted(self.gaining)]
+                    self.stage, self._positions = Stage.APPLYING, positions
+                    return [AwaitApplied(copy, positions[copy.database]) for copy in sorted(self.gaining)]
             case Applied(copy, position):
-                if self.stage is Stage.APPLYING and position >= self._position:
+                if self.stage is Stage.APPLYING and position >= self._positions[copy.database]:
                     self._applied |= {copy} & self._whole
                     return self._on()
             case CancelAsked():
@@ -264,7 +271,8 @@ class Resharding:
         if not isinstance(self.state, Migrating):
             return []
         gaining = self.gaining
-        if {copy.shard for copy in gaining} != set(self.state.gains):
+        needed = {(shard, database) for shard in self.state.gains for database in self.databases}
+        if {(copy.shard, copy.database) for copy in gaining} != needed:
             return []  # a new owner has no copy that is up
         if self.stage is Stage.BACKFILLING and gaining <= self._whole:
             self.stage = Stage.READING

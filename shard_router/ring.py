@@ -4,7 +4,8 @@ Used where an order of preference has to be agreed on without talking: shard map
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from xxhash import xxh3_64_intdigest
 
@@ -31,6 +32,11 @@ class Ring:
         self._nodes = [node for _, node in points]
         self._size = len(set(self._nodes))
 
+    @property
+    def size(self) -> int:
+        """How many nodes there are."""
+        return self._size
+
     def owner(self, key: str) -> str:
         """The node a key belongs to."""
         return self._nodes[self._start(key)]
@@ -48,6 +54,25 @@ class Ring:
 
     def _start(self, key: str) -> int:
         return bisect_left(self._hashes, _hash(key)) % len(self._nodes)
+
+
+def even(keys: Sequence[str], nodes: Iterable[str]) -> tuple[str, ...]:
+    """A node for each key: the first with room in ring order, so that all are within one key of even.
+
+    Consistent hashing with bounded loads (Mirrokni et al., 2018). ValueError without nodes.
+    """
+    ring = Ring(dict.fromkeys(nodes, 1.0))
+    share, larger = divmod(len(keys), ring.size)
+    sizes = Counter[str]()
+    owners = []
+    for key in keys:
+        # `larger` counts the nodes that may still take one key more than their share.
+        limit = share + (larger > 0)
+        owner = next(node for node in ring.preference(key) if sizes[node] < limit)
+        larger -= sizes[owner] == share
+        sizes[owner] += 1
+        owners.append(owner)
+    return tuple(owners)
 
 
 def _hash(text: str) -> int:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from shard_router.errors import AlreadyExists, InvalidField, NotFound, PreconditionFailed
-from shard_router.ring import Ring
+from shard_router.ring import Ring, even
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,14 @@ class ShardMap:
 
     @classmethod
     def create(cls, slots: int, shards: int) -> "ShardMap":
-        """The first map, epoch 1, of shards 0 to shards - 1: each slot to the first shard with room in ring
-        order (consistent hashing with bounded loads, Mirrokni et al., 2018).
+        """The first map, epoch 1, of shards 0 to shards - 1, which the ring makes even.
 
         InvalidField("shards") unless there are 1 to `slots` of them.
         """
         if not 1 <= shards <= slots:
             raise InvalidField("shards", f"{shards} shards for {slots} slots; 1 to {slots} can have one each")
-        order = _RingOrder(range(shards))
-        share, larger = divmod(slots, shards)
-        sizes = Counter[int]()
-        owners = []
-        for slot in range(slots):
-            # `larger` counts the shards that may still take one slot more than their share.
-            limit = share + (larger > 0)
-            owner = next(shard for shard in order.of(slot) if sizes[shard] < limit)
-            larger -= sizes[owner] == share
-            sizes[owner] += 1
-            owners.append(owner)
-        return cls(epoch=1, owners=tuple(owners))
+        owners = even([f"slot-{slot}" for slot in range(slots)], map(str, range(shards)))
+        return cls(epoch=1, owners=tuple(map(int, owners)))
 
     @cached_property
     def shards(self) -> tuple[int, ...]:

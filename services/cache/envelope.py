@@ -28,6 +28,10 @@ class AnswerEntry(msgspec.Struct, frozen=True, array_like=True, tag=ANSWER_VERSI
     stored_at_ms: int
     cost_ms: int = 0
 
+    def reaches(self, positions: Mapping[str, int]) -> bool:
+        """Whether the answer includes the logs up to these positions."""
+        return all(self.positions.get(log_id, -1) >= position for log_id, position in positions.items())
+
     def encode(self) -> bytes:
         """The entry as bytes."""
         return _encoder.encode(self)

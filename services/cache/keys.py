@@ -8,7 +8,7 @@ may be able to make two texts that share a key.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 EMBEDDING_PREFIX = b"rf1:e:"
@@ -80,9 +80,10 @@ def answer_keys(
     return keys
 
 
-def lease_key(key: bytes, position: int) -> bytes:
-    """The name of the right to compute what a key stands for, as of at least a position of the log."""
-    digest = _digest(key, b"%d" % position)
+def lease_key(key: bytes, positions: Mapping[str, int]) -> bytes:
+    """The name of the right to compute what a key stands for, as of at least these positions of its logs."""
+    told = (b"%b:%d" % (log_id.encode(), position) for log_id, position in sorted(positions.items()))
+    digest = _digest(key, *told)
     return LEASE_PREFIX + b"{%d}" % (digest[0] % LEASE_SLOTS) + digest
 
 

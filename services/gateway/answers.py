@@ -36,10 +36,11 @@ MAX_HOT_QUESTIONS = 1_024
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A serialized answer, the log position it includes, when that was read, and whether it may be kept."""
+    """A serialized answer, the positions it includes, when they were read, and whether it may be kept."""
 
     body: bytes
-    position: int
+    #: By log.
+    positions: Mapping[str, int]
     as_of_ms: int
     complete: bool
     timings: pb.Timings
@@ -71,7 +72,7 @@ Known = Callable[[Served], Mapping[str, int] | None]
 
 def known_here(served: Served) -> Mapping[str, int]:
     """What the one gateway there is knows: all that was committed."""
-    return {served.log_id: served.position}
+    return served.positions
 
 
 class Answers:
@@ -114,11 +115,16 @@ class Answers:
         )
 
     async def get(
-        self, served: Served, name: bytes, question: Question, at_least: int, max_staleness_ms: int
+        self,
+        served: Served,
+        name: bytes,
+        question: Question,
+        at_least: Mapping[str, int],
+        max_staleness_ms: int,
     ) -> Cached | None:
         """The answer of that name, if one is kept and still good enough.
 
-        It includes the log up to position `at_least`, whatever staleness is allowed. One that soon could not
+        It includes the positions `at_least`, by log, whatever staleness is allowed. One that soon could not
         be served any more is computed anew, and nobody waits for that.
         """
         if self._cache.is_hot(name):
@@ -142,11 +148,11 @@ class Answers:
         return Cached(entry.body, TIERS[tier])
 
     async def get_many(
-        self, served: Served, names: Sequence[bytes], at_least: int, max_staleness_ms: int
+        self, served: Served, names: Sequence[bytes], at_least: Mapping[str, int], max_staleness_ms: int
     ) -> list[Cached | None]:
         """The answers of those names that are kept and still good enough, in order, by one read of each tier.
 
-        They include the log up to position `at_least`, whatever staleness is allowed.
+        They include the positions `at_least`, by log, whatever staleness is allowed.
         """
         known, now_ms = self._known(served), _now_ms()
         answers: list[Cached | None] = []
@@ -159,7 +165,12 @@ class Answers:
         return answers
 
     async def once(
-        self, served: Served, name: bytes, question: Question, at_least: int, deadline: Deadline
+        self,
+        served: Served,
+        name: bytes,
+        question: Question,
+        at_least: Mapping[str, int],
+        deadline: Deadline,
     ) -> Cached | Computed:
         """Compute an answer, or share the computation of an equal request that is under way; keep it.
 
@@ -168,11 +179,11 @@ class Answers:
         Where other gateways use the same Redis, one of them computes and the others wait for its answer.
         """
         known = self._known(served)
-        position = 0 if known is None else known[served.log_id]
+        positions = {} if known is None else known
 
         async def make() -> Cached | Computed:
             made = await question.compute(served, deadline)
-            entry = self._entry(served, made)
+            entry = self._entry(made)
             if entry is None:
                 pass
             elif self._cache.shared:
@@ -185,7 +196,7 @@ class Answers:
             value = await self._cache.look_behind(name)
             entry = AnswerEntry.decode(value) if value is not None else None
             # Nothing older will do: what was known when we asked has to be in it.
-            if entry is None or not includes(entry, {served.log_id: max(position, at_least)}):
+            if entry is None or not (includes(entry, positions) and entry.reaches(at_least)):
                 return None
             return Cached(entry.body, pb.REDIS)
 
@@ -196,17 +207,17 @@ class Answers:
         async def lead() -> Cached | Computed:
             if not self._cache.shared:
                 return await make()
-            lease = keys.lease_key(name, position)
+            lease = keys.lease_key(name, positions)
             return await self._cache.leases.run(lease, find, make, deadline)
 
-        return await self._flights.run((name, position, question.min_coverage), lead)
+        return await self._flights.run((name, tuple(positions.items()), question.min_coverage), lead)
 
     async def once_many(
         self,
         served: Served,
         names: Sequence[bytes],
         compute: Callable[[Sequence[int]], Awaitable[Sequence[Computed]]],
-        at_least: int,
+        at_least: Mapping[str, int],
         deadline: Deadline,
         *,
         lease: bool = True,
@@ -225,7 +236,7 @@ class Answers:
 
         if not lease or known is None or not self._cache.shared:
             return await make(range(len(names)))
-        position = known[served.log_id]
+        positions = known
 
         async def find(places: Sequence[int]) -> Mapping[int, Cached | Computed]:
             values = await self._cache.look_behind_many([names[place] for place in places])
@@ -233,12 +244,12 @@ class Answers:
             for place in places:
                 value = values.get(names[place])
                 entry = AnswerEntry.decode(value) if value is not None else None
-                if entry is not None and includes(entry, {served.log_id: max(position, at_least)}):
+                if entry is not None and includes(entry, positions) and entry.reaches(at_least):
                     found[place] = Cached(entry.body, pb.REDIS)
             return found
 
         return await self._cache.leases.run_many(
-            [keys.lease_key(name, position) for name in names], find, make, deadline,
+            [keys.lease_key(name, positions) for name in names], find, make, deadline,
             soon=lambda made: isinstance(made, Computed) and made.complete,
         )  # fmt: skip
 
@@ -254,7 +265,7 @@ class Answers:
 
     async def _refresh(self, served: Served, name: bytes, question: Question) -> None:
         try:
-            await self.once(served, name, question, 0, Deadline.after(REFRESH_TIMEOUT_S))
+            await self.once(served, name, question, {}, Deadline.after(REFRESH_TIMEOUT_S))
         except Exception as error:
             self._refreshes_failed += 1
             known = isinstance(error, RingfortError)
@@ -282,25 +293,25 @@ class Answers:
 
     def keep(self, served: Served, answers: Sequence[tuple[bytes, Computed]]) -> None:
         """Keep the answers that may be kept."""
-        entries = [(name, self._entry(served, made)) for name, made in answers]
+        entries = [(name, self._entry(made)) for name, made in answers]
         items = [(name, entry) for name, entry in entries if entry is not None]
         if items:
             self._cache.put_many(items, ttl_s=self._ttl_s)
 
     @staticmethod
-    def _entry(served: Served, made: Computed) -> bytes | None:
+    def _entry(made: Computed) -> bytes | None:
         """What is kept of an answer; None where it may not be."""
         if not made.complete:
             return None
         cost_ms = max(0, _now_ms() - made.as_of_ms)
-        return AnswerEntry({served.log_id: made.position}, made.body, made.as_of_ms, cost_ms).encode()
+        return AnswerEntry(dict(made.positions), made.body, made.as_of_ms, cost_ms).encode()
 
     def _good(
         self,
         served: Served,
         name: bytes,
         value: bytes,
-        at_least: int,
+        at_least: Mapping[str, int],
         known: Mapping[str, int] | None,
         now_ms: int,
         max_staleness_ms: int,
@@ -308,9 +319,13 @@ class Answers:
         entry = AnswerEntry.decode(value)
         if entry is None:
             return None
-        seen = entry.positions.get(served.log_id, -1) >= at_least
-        if seen and (entry.positions == known or fresh(entry, known, now_ms, max_staleness_ms)):
-            return entry
+        if not at_least or entry.reaches(at_least):
+            if entry.positions == known:
+                return entry
+            # Where this gateway cannot say what is known, the age alone decides; but of these logs.
+            logs = served.positions if known is None else known
+            if entry.positions.keys() == logs.keys() and fresh(entry, known, now_ms, max_staleness_ms):
+                return entry
         self._superseded += 1
         if max_staleness_ms == 0:
             self._cache.drop(name)

@@ -187,7 +187,7 @@ def _ids(hits: RenderedHits) -> list[str]:
 def _computed(found: Found[RenderedHits], hits: RenderedHits, timings: pb.Timings) -> Computed:
     """One row's answer, to be kept."""
     body = msgspec.msgpack.encode((_ids(hits), hits.scores))
-    return Computed(body, found.position, found.as_of_ms, found.complete, timings)
+    return Computed(body, found.positions, found.as_of_ms, found.complete, timings)
 
 
 def _packed(rows: Sequence[tuple[list[str], bytes]], k: int) -> pb.BatchSearchResponse:

@@ -15,10 +15,10 @@ from services import tasks
 from services.deadline import Deadline
 from services.gateway.directory import Directory
 from services.gateway.endpoints import Shards
-from services.gateway.served import Served, settle
+from services.gateway.served import Served
 from services.metadata.store import Store
 from shard_router.errors import NotFound, RingfortError, Unavailable
-from shard_router.model import Collection, Metric, Schema
+from shard_router.model import HOME, Collection, Metric, Schema
 from shard_router.resharding import Copy
 from shard_router.shard_map import MapState
 
@@ -93,15 +93,26 @@ class Catalog(Directory):
                 if copy not in wanted or replica.fell.is_set():
                     await served.leave(copy).close()
                 if copy not in wanted:
-                    await self._shards.forget(served.collection, copy.shard, copy.replica)
-            for shard in [shard for shard in served.replicas if shard not in state.shards]:
-                del served.replicas[shard]
+                    await self._shards.forget(
+                        served.collection, copy.shard, copy.replica, database=copy.database
+                    )
+            for log in served.logs.values():
+                log.forget(state.shards)
+            discarded, served.discarded = served.discarded, []
+            await asyncio.gather(*(replica.close() for replica in discarded))
             here = {copy for copy, _ in served.copies()}
             opening = [self._join(served, copy) for copy in sorted(wanted - here)]
             results = await asyncio.gather(*opening, return_exceptions=True)
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
+
+    def resolve(self, tenant: str, name: str, field: str = "collection") -> Served:
+        """As of every directory; a log that a database has exchanged is followed no more from here on."""
+        found = super().resolve(tenant, name, field)
+        if len(found.logs) > 1:
+            self._discard(found)
+        return found
 
     async def create(
         self,
@@ -149,7 +160,8 @@ class Catalog(Directory):
                 await self.store.delete_collection(tenant, name)
             except BaseException:
                 # Still there, as far as we know; the review opens it again.
-                served.replicas.clear()
+                for log in served.logs.values():
+                    log.replicas.clear()
                 self._index(served)
                 raise
             await self._shards.forget_all(served.collection)
@@ -217,6 +229,8 @@ class Catalog(Directory):
         failures: list[Exception] = []
         for served in self.all():
             try:
+                self._discard(served)
+                failures += await self._attach(served)
                 if served.outdated:
                     await self.turn(served, await self.store.shard_maps.get(served.collection))
                 if served.wants_copies and not served.reconciling.locked():
@@ -227,44 +241,80 @@ class Catalog(Directory):
             raise failures[0]
 
     async def _open(self, collection: Collection) -> Served:
-        served = Served(collection, await self.store.shard_maps.get(collection), self.store.log_id)
+        served = Served(collection, await self.store.shard_maps.get(collection))
         try:
-            await self.reconcile(served)
-            served.committed(await self.store.position(collection), None)
+            failures = await self._attach(served)
+            try:
+                await self.reconcile(served)
+            except RingfortError as error:
+                if not served.wanted(HOME) <= {copy for copy, _ in served.copies()}:
+                    raise
+                failures.append(error)
+            for failure in failures:
+                log.warning("%s is opened in part: %s", collection.name, failure)
         except BaseException:
             await _close(served)
             raise
         return served
 
+    async def _attach(self, served: Served) -> list[RingfortError]:
+        """Learn of the logs that are not known and can be; why not of others, the home's excepted: raised."""
+        failures: list[RingfortError] = []
+        for its_log in list(served.logs.values()):
+            if its_log.log_id or not self.store.log_id_of(its_log.database):
+                continue
+            try:
+                its_log.attach(*await self.store.attach(served.collection, its_log.database))
+            except RingfortError as error:
+                if its_log.database == HOME:
+                    raise
+                failures.append(error)
+        return failures
+
+    def _discard(self, served: Served) -> None:
+        """Follow no log any more that its database has exchanged; the review attaches the new one."""
+        for its_log in list(served.logs.values()):
+            if its_log.log_id and its_log.log_id != self.store.log_id_of(its_log.database):
+                log.warning(
+                    "database %s holds another log of %s than before",
+                    its_log.database,
+                    served.collection.name,
+                )
+                served.discard(its_log.database)
+                self.hurry()
+
     async def _join(self, served: Served, copy: Copy) -> None:
         """Open a copy, and let it be asked as soon as it has everything that is known of the log."""
-        state = served.state
+        state, its_log = served.state, served.logs[copy.database]
         replica = await self._shards.open(
-            served.collection, copy.shard, copy.replica,
-            slots=state.served_by(copy.shard), epoch=state.epoch, log_id=served.log_id,
+            served.collection, copy.shard, copy.replica, database=copy.database,
+            slots=served.slots_of(copy), epoch=state.epoch, log_id=its_log.log_id,
         )  # fmt: skip
-        served.joining.add(replica)
+        its_log.joining.add(replica)
         try:
             deadline = Deadline.after(JOIN_S)
-            while True:
-                state, position = served.state, served.position
-                await replica.backfill(state.served_by(copy.shard))
+            while served.logs[copy.database] is its_log:
+                state, position = served.state, its_log.position
+                await replica.backfill(served.slots_of(copy))
                 replica.wake()
                 if not await replica.wait_for(position, deadline):
                     raise Unavailable(f"shard {copy.shard} of {served.collection.name} cannot catch up")
-                if served.state is state and served.position <= max(position, replica.position):
-                    await settle(replica, state, copy.shard)
-                    served.join(copy, replica)
-                    return
+                if served.state is state and its_log.position <= max(position, replica.position):
+                    await served.settle(replica, copy)
+                    if served.logs[copy.database] is its_log:
+                        served.join(copy, replica)
+                        return
+            raise Unavailable(f"database {copy.database} holds another log than before")
         except BaseException:
             await replica.close()
             raise
         finally:
-            served.joining.discard(replica)
+            its_log.joining.discard(replica)
 
 
 async def _close(served: Served) -> None:
-    await asyncio.gather(*(replica.close() for _, replica in served.copies()))
+    discarded, served.discarded = served.discarded, []
+    await asyncio.gather(*(replica.close() for replica in (*discarded, *(its for _, its in served.copies()))))
 
 
 async def _all_or_none(opening: Iterable[Awaitable[T]], close: Callable[[T], Awaitable[None]]) -> Sequence[T]:

@@ -8,7 +8,7 @@ committed in several.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.deadline import Deadline
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: Rows of one transaction: two to three milliseconds of the event loop, in two pieces.
 BATCH_ROWS = 512
-#: Rows that may wait for one collection; beyond it writers are refused.
+#: Rows that may wait for one log; beyond it writers are refused.
 QUEUE_ROWS = 32_768
 #: A transaction has this long, whoever waits for it.
 COMMIT_TIMEOUT_S = 20.0
@@ -29,10 +29,10 @@ COMMIT_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """One writer's share of a batch: its outcomes in order, and the position to wait for."""
+    """What became of one caller's writes: outcomes in order, and the position to wait for, by log."""
 
     outcomes: Sequence[WriteOutcome]
-    upto: int
+    positions: Mapping[str, int]
 
 
 @dataclass(eq=False, slots=True)
@@ -51,11 +51,12 @@ class _Part:
 
 
 class Committer:
-    """The one writer of one collection's log."""
+    """The one writer of a collection's log in one database."""
 
-    def __init__(self, store: Store, served: Served) -> None:
+    def __init__(self, store: Store, served: Served, database: str) -> None:
         self._store = store
         self._served = served
+        self._database = database
         self._waiting: deque[_Part] = deque()
         #: Rows in `_waiting`; at most QUEUE_ROWS.
         self._rows = 0
@@ -103,7 +104,10 @@ class Committer:
         writes = [write for part in batch for write in part.writes]
         try:
             commit = await self._store.write(
-                self._served.collection, writes, deadline=Deadline.after(COMMIT_TIMEOUT_S)
+                self._served.collection,
+                writes,
+                deadline=Deadline.after(COMMIT_TIMEOUT_S),
+                database=self._database,
             )
         except BaseException as error:
             failure: BaseException = error
@@ -121,7 +125,7 @@ class Committer:
             return
         await asyncio.sleep(0)  # applying is another piece of a millisecond
         try:
-            self._served.committed(commit.upto, commit.delta, commit.epoch)
+            self._served.committed(self._database, commit)
         except Exception:  # it is committed whatever becomes of it here, and its writers are told so
             log.exception("a committed batch could not be handed on; the log is read instead")
             self._served.look()
@@ -132,4 +136,4 @@ class Committer:
             call.missing_parts -= 1
             at += len(part.writes)
             if not call.missing_parts and not call.done.done():
-                call.done.set_result(Committed(call.outcomes, commit.upto))
+                call.done.set_result(Committed(call.outcomes, {commit.log_id: commit.upto}))

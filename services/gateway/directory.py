@@ -1,6 +1,6 @@
 """The collections that a gateway answers for, by name."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from services.gateway.served import Served
 from services.metadata.store import Store
@@ -49,9 +49,11 @@ class Directory:
         """The collection of that number."""
         return self._by_uid.get(uid)
 
-    async def position(self, served: Served) -> int:
-        """Where a collection's log stands, every acknowledged write included."""
-        return await self.store.position(served.collection) if self.shared else served.position
+    async def positions(self, served: Served) -> Mapping[str, int]:
+        """By log, where a collection stands, every acknowledged write included."""
+        if not self.shared:
+            return served.positions
+        return served.by_log(await self.store.positions(served.collection))
 
     def stats(self) -> dict[str, float]:
         """The copies' figures, added up over all collections."""

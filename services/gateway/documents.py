@@ -76,7 +76,7 @@ class Documents:
         filter = wire.filter_from(request.filter)
         if filter is not None:
             filter = check(filter, served.collection.schema)
-        if not await served.wait_for(await self._catalog.position(served), deadline):
+        if not await served.wait_for(await self._catalog.positions(served), deadline):
             raise DeadlineExceeded("waiting for the shards")
         counts = await served.each_shard(lambda replica, epoch: replica.count(filter, epoch=epoch), deadline)
         return pb.CountResponse(count=sum(counts))

@@ -135,7 +135,7 @@ class Embeddings:
             made.append((places, embedded))
             return [None] * len(mine)
 
-        leases = [keys.lease_key(name, 0) for name in names]
+        leases = [keys.lease_key(name, {}) for name in names]
         entries = await self._cache.leases.run_many(
             leases, find, make, deadline, soon=lambda entry: entry is None
         )

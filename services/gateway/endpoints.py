@@ -20,7 +20,7 @@ from services.shard.layout import SegmentStatus
 from services.shard.rendering import RenderedHits
 from services.shard.replica import ShardAnswer
 from shard_router.filters import Filter
-from shard_router.model import Collection, Hit, Include, LogDelta, Version
+from shard_router.model import HOME, Collection, Hit, Include, LogDelta, Version
 
 
 class ShardEndpoint(Protocol):
@@ -124,13 +124,14 @@ class Shards(Protocol):
         shard: int,
         replica: int,
         *,
+        database: str = HOME,
         slots: Sequence[int],
         epoch: int,
         log_id: str,
     ) -> ShardEndpoint:
-        """A replica that has these slots of the log and answers for them at `epoch`."""
+        """A replica that has these slots of a database's log and answers for them at `epoch`."""
 
-    async def forget(self, collection: Collection, shard: int, replica: int) -> None:
+    async def forget(self, collection: Collection, shard: int, replica: int, *, database: str = HOME) -> None:
         """Remove the files of a closed replica that will not be opened again."""
 
     async def forget_all(self, collection: Collection) -> None:

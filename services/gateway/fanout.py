@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Generic, NamedTuple
 
@@ -13,8 +13,9 @@ import numpy as np
 from index_builder.segments.index_spec import Effort
 from services import tasks
 from services.deadline import Deadline
+from services.gateway.collection_log import CollectionLog
 from services.gateway.endpoints import ShardEndpoint
-from services.gateway.served import Served
+from services.gateway.served import Served, answered
 from services.shard.rendering import RenderedHits, RenderedRow
 from services.shard.replica import Hits, ShardAnswer
 from services.telemetry import stage
@@ -37,13 +38,14 @@ _Call = Callable[[ShardEndpoint], Awaitable[ShardAnswer[Hits]]]
 
 
 class Found(NamedTuple, Generic[Hits]):
-    """What the shards found: hits by query, the log position all of it includes, coverage, and times.
+    """What the shards found: hits by query, the positions all of it includes, coverage, and times.
 
     `as_of_ms` is the wall clock when the positions were read.
     """
 
     hits: list[Hits]
-    position: int
+    #: By log; one of which no copy answered is left out.
+    positions: Mapping[str, int]
     as_of_ms: int
     asked: int
     answered: int
@@ -67,7 +69,10 @@ def _rendered_of(replica: ShardEndpoint) -> Callable[..., Awaitable[ShardAnswer[
 
 
 class FanOut:
-    """Asks one replica of every shard, each for its own slots as of one epoch of the map."""
+    """Asks one replica of every shard, each for its own slots as of one epoch of the map.
+
+    Where a collection has several logs, one that follows each of them.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -126,16 +131,19 @@ class FanOut:
         if served.assure is not None:
             await served.assure(options.deadline)
         while True:
-            epoch, shards = served.state.epoch, served.shard_map.shards
+            epoch, shards, logs = served.state.epoch, served.shard_map.shards, list(served.logs.values())
             call = partial(_call, queries, k, options, epoch, ask)
+            #: Those of one log follow those of another.
             answers: Sequence[ShardAnswer[Hits] | None]
             try:
                 if served.collection.replicas > 1:
-                    answers = await self._chosen(served, shards, call)
-                elif len(shards) > 1:  # nobody to choose from
-                    answers = await asyncio.gather(*(_sole(served, shard, call) for shard in shards))
+                    answers = await asyncio.gather(*self._chosen(served, logs, call))
+                elif len(shards) > 1 or len(logs) > 1:  # nobody to choose from
+                    answers = await asyncio.gather(
+                        *(_sole(served, log, shard, call) for log in logs for shard in shards)
+                    )
                 else:  # nothing to do side by side
-                    answers = [await _sole(served, shards[0], call)]
+                    answers = [await _sole(served, logs[0], shards[0], call)]
                 break
             except StaleEpoch:
                 # A replica has gone over to another map, or has yet to: what others said may not fit.
@@ -147,9 +155,10 @@ class FanOut:
         asked = len(shards)
         good = [answer for answer in answers if answer is not None]
         # A shard that lacks documents for now tells what it has, and does not count.
-        answered = sum([answer.complete for answer in good])
-        if not good or answered < min_coverage * asked:
-            raise ShardUnavailable(answered, asked, min_coverage)
+        whole = [answer is not None and answer.complete for answer in answers]
+        count = asked if all(whole) else answered(whole, asked)
+        if not good or count < min_coverage * asked:
+            raise ShardUnavailable(count, asked, min_coverage)
         searched = time.perf_counter()
         if len(good) == 1:  # a shard's answer is ranked, and holds every document once
             hits = good[0].hits
@@ -162,36 +171,38 @@ class FanOut:
         _MERGE.took(merge_s)
         return Found(
             hits,
-            min([answer.position for answer in good]),
+            _positions(logs, answers, asked),
             as_of_ms,
             asked,
-            answered,
+            count,
             (searched - began) * 1e3,
             merge_s * 1e3,
             epoch,
         )
 
-    async def _chosen(
-        self, served: Served, shards: Sequence[int], call: "_Call[Hits]"
-    ) -> Sequence[ShardAnswer[Hits] | None]:
-        """The answers of the shards that have a copy to ask; StaleEpoch."""
-        loads = {shard: served.loads(shard) for shard in shards}
-        plan = plan_fanout(served.shard_map, loads, self._rng)
-        return await asyncio.gather(
-            *(
-                self._one_of(served, one.shard, ShardQuestion(one.replica, loads[one.shard]), call)
-                for one in plan.calls
-            )
-        )
+    def _chosen(
+        self, served: Served, logs: Sequence[CollectionLog], call: "_Call[Hits]"
+    ) -> Iterator[Awaitable[ShardAnswer[Hits] | None]]:
+        """The answers of the shards, of each log one after another; StaleEpoch."""
+        for log in logs:
+            loads = {shard: log.loads(shard) for shard in served.shard_map.shards}
+            plan = plan_fanout(served.shard_map, loads, self._rng)
+            chosen = {one.shard: one.replica for one in plan.calls}
+            for shard in served.shard_map.shards:
+                if shard in chosen:
+                    yield self._one_of(served, log, shard, ShardQuestion(chosen[shard], loads[shard]), call)
+                else:
+                    yield _nobody()
 
     async def _one_of(
-        self, served: Served, shard: int, question: ShardQuestion, call: "_Call[Hits]"
+        self, served: Served, log: CollectionLog, shard: int, question: ShardQuestion, call: "_Call[Hits]"
     ) -> ShardAnswer[Hits] | None:
         """The first answer of a shard's copies; None where those that were asked failed."""
         asking: dict[asyncio.Task[ShardAnswer[Hits]], int] = {}
 
         def begin(number: int) -> None:
-            asking[asyncio.create_task(self._counted(served, Copy(shard, number), call))] = number
+            copy = Copy(shard, number, log.database)
+            asking[asyncio.create_task(self._counted(served, log, copy, call))] = number
 
         served.hedges.asked()
         begin(question.first)
@@ -209,7 +220,7 @@ class FanOut:
                         return task.result()
                     if isinstance(error, DeadlineExceeded | StaleEpoch):
                         raise error
-                    _failed(served, Copy(shard, number), error)
+                    _failed(served, Copy(shard, number, log.database), error)
                     step = question.failed(number, unavailable=isinstance(error, Unavailable))
                 match step:
                     case Ask(number):
@@ -219,17 +230,19 @@ class FanOut:
         finally:
             await tasks.end(*asking)
 
-    async def _counted(self, served: Served, copy: Copy, call: "_Call[Hits]") -> ShardAnswer[Hits]:
+    async def _counted(
+        self, served: Served, log: CollectionLog, copy: Copy, call: "_Call[Hits]"
+    ) -> ShardAnswer[Hits]:
         """A copy's answer, counted while it is under way, and its time taken."""
-        replica = served.replicas.get(copy.shard, {}).get(copy.replica)
+        replica = log.replicas.get(copy.shard, {}).get(copy.replica)
         if replica is None:
             raise Unavailable(f"replica {copy.replica} of shard {copy.shard} has left")
         began = time.perf_counter()
-        served.in_flight[copy] = served.in_flight.get(copy, 0) + 1
+        log.in_flight[copy] = log.in_flight.get(copy, 0) + 1
         try:
             answer = await call(replica)
         finally:
-            served.in_flight[copy] -= 1
+            log.in_flight[copy] -= 1
         served.latencies.add((time.perf_counter() - began) * 1e3)
         return answer
 
@@ -245,11 +258,13 @@ class _Options(NamedTuple):
     deadline: Deadline
 
 
-async def _sole(served: Served, shard: int, call: "_Call[Hits]") -> ShardAnswer[Hits] | None:
+async def _sole(
+    served: Served, log: CollectionLog, shard: int, call: "_Call[Hits]"
+) -> ShardAnswer[Hits] | None:
     """The answer of a shard's only copy; None where it failed."""
     question: ShardQuestion | None = None
     while True:
-        replica = served.replicas.get(shard, _NO_COPIES).get(0)
+        replica = log.replicas.get(shard, _NO_COPIES).get(0)
         if replica is None:
             return None
         try:
@@ -259,8 +274,24 @@ async def _sole(served: Served, shard: int, call: "_Call[Hits]") -> ShardAnswer[
         except Exception as error:
             question = question or ShardQuestion(0, (0.0,))
             if isinstance(question.failed(0, unavailable=isinstance(error, Unavailable)), GiveUp):
-                _failed(served, Copy(shard, 0), error)
+                _failed(served, Copy(shard, 0, log.database), error)
                 return None
+
+
+async def _nobody() -> None:
+    """The answer of a shard that has no copy to ask."""
+
+
+def _positions(
+    logs: Sequence[CollectionLog], answers: Sequence[ShardAnswer[Hits] | None], shards: int
+) -> dict[str, int]:
+    """By log, the position that all of its answers include."""
+    told: dict[str, int] = {}
+    for at, log in enumerate(logs):
+        its = [answer.position for answer in answers[at * shards : (at + 1) * shards] if answer is not None]
+        if its:
+            told[log.log_id] = min(its)
+    return told
 
 
 def _call(

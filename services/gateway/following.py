@@ -113,9 +113,10 @@ class Following:
         """log_id -> the position that an exact answer has to include; None where nobody here can say."""
         mark = self._marks.get(served.collection.uid)
         known = None if mark is None else mark.known(self._clock())
-        if known is None or served.log_id not in known:
+        here = served.positions
+        if known is None or known.keys() != here.keys():
             return None
-        return {served.log_id: max(known[served.log_id], served.position)}
+        return {log_id: max(known[log_id], position) for log_id, position in here.items()}
 
     def assure(self, served: Served) -> Assure:
         """Makes sure, before a collection's copies are asked, that they have what was told to be visible."""
@@ -123,22 +124,23 @@ class Following:
         async def assure(deadline: Deadline) -> None:
             if self._clock() < self._until_s:
                 return
-            position = await self._store.position(served.collection)
+            positions = await self._store.positions(served.collection)
             served.look()
             within = Deadline(min(deadline.at_s, deadline.clock() + _ASSURE_S), deadline.clock)
-            copies = [replica for _, replica in served.copies()]
-            reached = await asyncio.gather(*(replica.wait_for(position, within) for replica in copies))
-            if not all(had or copy.fell.is_set() for copy, had in zip(copies, reached, strict=True)):
+            copies = list(served.copies())
+            waits = (replica.wait_for(positions[copy.database], within) for copy, replica in copies)
+            reached = await asyncio.gather(*waits)
+            if not all(
+                had or replica.fell.is_set() for (_, replica), had in zip(copies, reached, strict=True)
+            ):
                 raise Unavailable("the head cannot be heard, and a copy has not all that may be visible")
 
         return assure
 
-    async def visible(self, served: Served, position: int, deadline: Deadline) -> bool:
+    async def visible(self, served: Served, positions: Mapping[str, int], deadline: Deadline) -> bool:
         """See `Siblings.visible`: the head is asked, again and again while it is away."""
         deadline = Deadline(deadline.at_s - REST_S, deadline.clock)
-        request = internal.VisibleRequest(
-            collection=served.collection.uid, positions={served.log_id: position}
-        )
+        request = internal.VisibleRequest(collection=served.collection.uid, positions=positions)
         while (left_s := deadline.left_s()) > 0:
             try:
                 with self._peer.calling() as stub:

@@ -4,10 +4,9 @@ One bad document fails alone; a call in which every document is bad fails as a w
 document is written.
 """
 
-import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,22 +19,22 @@ from services import status, wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
-from services.gateway.committer import Committed, Committer
+from services.gateway.committers import Committers, Submission
 from services.gateway.directory import Directory
 from services.gateway.models import Models
 from services.gateway.served import Served
 from services.gateway.streams import in_order
 from services.gateway.turns import Turns
 from services.telemetry import stage
-from shard_router.errors import DeadlineExceeded, InvalidField, RingfortError, VersionConflict
+from shard_router.errors import InvalidField, RingfortError, VersionConflict
 from shard_router.filters import Filter, check
 from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, Write, WriteOutcome
 
-_COMMIT, _VISIBLE = stage("commit"), stage("visible")
+_VISIBLE = stage("visible")
 
 Response = TypeVar("Response", pb.UpsertResponse, pb.PatchResponse)
-#: Whether a collection's log is visible everywhere up to a position, before a deadline.
-Visible = Callable[[Served, int, Deadline], Awaitable[bool]]
+#: Whether a collection's logs are visible everywhere up to these positions, before a deadline.
+Visible = Callable[[Served, Mapping[str, int], Deadline], Awaitable[bool]]
 
 #: Batches of one stream that are embedded, and that are committed, at once; reading pauses beyond it.
 STREAM_BATCHES = 4
@@ -105,14 +104,13 @@ class Ingest:
     def __init__(
         self, catalog: Directory, models: Models, limits: Limits, visible: Visible = Served.wait_for
     ) -> None:
-        """`visible`: whether every read that begins anywhere sees a position, before a deadline."""
+        """`visible`: whether every read that begins anywhere sees positions, by log, before a deadline."""
         self._catalog = catalog
         self._visible = visible
         self._models = models
         self._limits = limits
-        self._committers: dict[int, Committer] = {}
+        self._committers = Committers(catalog)
         self._turns = Turns()
-        catalog.on_drop.append(self._drop)
 
     async def upsert(self, request: pb.UpsertRequest, tenant: str, deadline: Deadline) -> pb.UpsertResponse:
         """Replace whole documents; a status each, in order."""
@@ -125,7 +123,7 @@ class Ingest:
     ) -> AsyncIterator[pb.UpsertResponse]:
         """The same for a stream: batches are embedded side by side and committed in order."""
 
-        async def queued() -> AsyncIterator[tuple[_Checked, "asyncio.Future[Committed] | None"]]:
+        async def queued() -> AsyncIterator[tuple[_Checked, Submission]]:
             checks = in_order(requests, lambda r: self._check_upsert(r, tenant, deadline), STREAM_BATCHES)
             async with aclosing(checks):
                 async for checked in checks:
@@ -162,8 +160,11 @@ class Ingest:
         if request.ids:
             wire.check_rows(request.ids, "ids", self._limits.max_batch_rows)
             ids = wire.keys(request.ids, "ids", self._limits.max_id_bytes)
-            done = await self._wait(self._committer(served).submit([Remove(id) for id in ids]), deadline)
-            deleted, upto = sum(outcome.version is not None for outcome in done.outcomes), done.upto
+            done = await self._committers.submit(served, [Remove(id) for id in ids]).committed(deadline)
+            for i, outcome in enumerate(done.outcomes):
+                if outcome.error is not None:
+                    raise outcome.error.within(f"ids[{i}]")
+            deleted, upto = sum(outcome.version is not None for outcome in done.outcomes), done.positions
         else:
             filter = wire.filter_from(request.filter)
             if filter is None:
@@ -173,23 +174,12 @@ class Ingest:
         return pb.DeleteResponse(
             deleted=deleted,
             visible=request.wait == pb.VISIBLE and await self._visible(served, upto, deadline),
-            token=wire.token_on_wire({served.log_id: upto}),
+            token=wire.token_on_wire(upto),
         )
 
     async def close(self) -> None:
         """Commit what waits and end."""
-        await asyncio.gather(*(committer.close() for committer in self._committers.values()))
-
-    async def _drop(self, served: Served) -> None:
-        committer = self._committers.pop(served.collection.uid, None)
-        if committer is not None:
-            await committer.close()
-
-    def _committer(self, served: Served) -> Committer:
-        committer = self._committers.get(served.collection.uid)
-        if committer is None:
-            committer = self._committers[served.collection.uid] = Committer(self._catalog.store, served)
-        return committer
+        await self._committers.close()
 
     async def _check_upsert(self, request: pb.UpsertRequest, tenant: str, deadline: Deadline) -> _Checked:
         served = self._catalog.resolve(tenant, request.collection)
@@ -272,9 +262,11 @@ class Ingest:
         if_version = wire.version_from(patch.if_version) if patch.HasField("if_version") else None
         return Patch(patch.id, attributes, tuple(patch.clear), if_version)
 
-    async def _delete_matching(self, served: Served, filter: Filter, deadline: Deadline) -> tuple[int, int]:
+    async def _delete_matching(
+        self, served: Served, filter: Filter, deadline: Deadline
+    ) -> tuple[int, dict[str, int]]:
         deleted = 0
-        upto = await self._catalog.store.position(served.collection)
+        upto = served.by_log(await self._catalog.store.positions(served.collection))
         while True:
             if not await served.wait_for(upto, deadline):
                 deadline.require("waiting for the shards")
@@ -286,21 +278,21 @@ class Ingest:
                 return deleted, upto
             # By version: a document that changed meanwhile is looked at again in the next round.
             writes = [Remove(id, version) for id, version in found]
-            done = await self._wait(self._committer(served).submit(writes), deadline)
+            done = await self._committers.submit(served, writes).committed(deadline)
             deleted += sum(outcome.version is not None for outcome in done.outcomes)
-            upto = max(upto, done.upto)
+            upto |= {log: max(upto.get(log, 0), position) for log, position in done.positions.items()}
             for outcome in done.outcomes:
                 if outcome.error is not None and not isinstance(outcome.error, VersionConflict):
                     raise outcome.error
 
-    def _submit(self, checked: _Checked) -> "asyncio.Future[Committed] | None":
+    def _submit(self, checked: _Checked) -> Submission:
         writes = [write for write in checked.writes if not isinstance(write, RingfortError)]
-        return self._committer(checked.served).submit(writes) if writes else None
+        return self._committers.submit(checked.served, writes)
 
     async def _finish(
         self,
         checked: _Checked,
-        committing: "asyncio.Future[Committed] | None",
+        committing: Submission,
         deadline: Deadline,
         *,
         refuse_all: bool = False,
@@ -309,7 +301,7 @@ class Ingest:
 
         With `refuse_all`, a call of which every write was refused fails with the first one's error.
         """
-        done = await self._wait(committing, deadline) if committing is not None else Committed((), 0)
+        done = await committing.committed(deadline)
         left = iter(done.outcomes)
         outcomes = [
             WriteOutcome(error=write) if isinstance(write, RingfortError) else next(left)
@@ -323,17 +315,7 @@ class Ingest:
         visible = False
         if checked.wait == pb.VISIBLE:
             began_s = time.perf_counter()
-            visible = await self._visible(checked.served, done.upto, deadline)
+            visible = await self._visible(checked.served, done.positions, deadline)
             _VISIBLE.took(time.perf_counter() - began_s)
-        token = wire.token_on_wire({checked.served.log_id: done.upto}) if done.upto else None
+        token = wire.token_on_wire(done.positions) if any(done.positions.values()) else None
         return _Written(checked.ids, outcomes, visible, token)
-
-    async def _wait(self, done: "asyncio.Future[Committed]", deadline: Deadline) -> Committed:
-        """The commit goes on whatever becomes of its caller."""
-        began_s = time.perf_counter()
-        try:
-            return await asyncio.wait_for(asyncio.shield(done), deadline.require("the write queue"))
-        except TimeoutError:
-            raise DeadlineExceeded("the commit") from None
-        finally:
-            _COMMIT.took(time.perf_counter() - began_s)

@@ -6,7 +6,7 @@ gone by at once, in the order in which it was said; copies that are new are aske
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from protos.ringfort.internal import v1 as internal
@@ -18,6 +18,7 @@ from services.gateway.remote_shards import RemoteShards
 from services.gateway.served import Assure, Served
 from services.metadata.store import Store
 from shard_router.errors import RingfortError, Unavailable
+from shard_router.model import HOME
 from shard_router.resharding import Copy
 
 log = logging.getLogger(__name__)
@@ -84,12 +85,12 @@ class Mirror(Directory):
 
     def _take(self, uid: int, shape: internal.Shape) -> None:
         served = self.of(uid)
-        if served is not None and served.log_id != shape.log_id:
+        if served is not None and served.logs[HOME].log_id != shape.logs[HOME]:
             self._lose(served)
             served = None
         collection, state = news.collection_of(shape), news.state_of(shape)
         if served is None:
-            served = Served(collection, state, shape.log_id)
+            served = Served(collection, state)
             served.assure = self._assure(served)
             self._asked[uid] = {}
         else:
@@ -97,11 +98,27 @@ class Mirror(Directory):
                 self._unindex(served)
             served.collection = collection
             served.follow(state)
+        self._follow_logs(served, shape.logs)
         self._index(served)
         wanted = self._wanted[uid] = news.copies_of(shape)
         for copy, number in list(self._asked[uid].items()):
             if wanted.get(copy) != number:
                 self._leave(served, copy)
+
+    def _follow_logs(self, served: Served, logs: Mapping[str, str]) -> None:
+        """Go by the logs that the head knows."""
+        for database, log in list(served.logs.items()):
+            if log.log_id == logs.get(database, ""):
+                continue
+            if log.log_id:
+                for copy in [
+                    copy for copy in self._asked[served.collection.uid] if copy.database == database
+                ]:
+                    self._leave(served, copy)
+                served.discard(database)
+            if database in logs:
+                # What was written before is known by what the copies have.
+                served.logs[database].attach(logs[database], 0)
 
     def _lose(self, served: Served) -> None:
         """Answer for a collection no more."""
@@ -134,17 +151,19 @@ class Mirror(Directory):
     async def _reach(self, served: Served, copy: Copy) -> None:
         """Ask a copy from now on, once it has all that was committed here."""
         uid, deadline = served.collection.uid, Deadline.after(REACH_S)
-        number = self._wanted[uid][copy]
+        number, its_log = self._wanted[uid][copy], served.logs[copy.database]
         replica: ShardEndpoint | None = None
         try:
-            replica = await self._shards.attach(served.collection, copy.shard, copy.replica, deadline)
+            replica = await self._shards.attach(
+                served.collection, copy.shard, copy.replica, copy.database, deadline
+            )
             while True:
-                position = served.position
+                position = its_log.position
                 if not await replica.wait_for(position, deadline):
                     raise Unavailable(f"it is behind position {position}")
                 if self.of(uid) is not served or self._wanted[uid].get(copy) != number:
                     return  # it may not be asked any more
-                if served.position <= max(position, replica.position):
+                if its_log.position <= max(position, replica.position):
                     served.join(copy, replica)
                     self._asked[uid][copy], replica = number, None
                     return

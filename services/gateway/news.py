@@ -19,13 +19,13 @@ def shape_of(served: Served, opened: dict[Copy, int]) -> internal.Shape:
     steady = isinstance(state, Steady)
     return internal.Shape(
         collection=_encoder.encode(served.collection),
-        log_id=served.log_id,
+        logs={log.database: log.log_id for log in served.logs.values() if log.log_id},
         phase=_PHASES[type(state)],
         epoch=state.epoch,
         owners=state.answering.owners if isinstance(state, Steady) else state.old.owners,
         next=() if steady else state.new.owners,  # type: ignore[union-attr]
         copies=[
-            internal.CopyNews(shard=copy.shard, replica=copy.replica, opened=number)
+            internal.CopyNews(shard=copy.shard, replica=copy.replica, database=copy.database, opened=number)
             for copy, number in sorted(opened.items())
         ],
     )
@@ -49,4 +49,4 @@ def state_of(shape: internal.Shape) -> MapState:
 
 def copies_of(shape: internal.Shape) -> dict[Copy, int]:
     """The copies that may be asked, each with the number of its opening."""
-    return {Copy(each.shard, each.replica): each.opened for each in shape.copies}
+    return {Copy(each.shard, each.replica, each.database): each.opened for each in shape.copies}

@@ -73,7 +73,7 @@ class RecallAudit:
     async def _repeat(
         self, served: Served, query: np.ndarray, k: int, filter: Filter | None, answered: RenderedHits
     ) -> None:
-        before = served.position
+        before = served.positions
         try:
             exact = await self._fanout.search_rendered(
                 served, query, k, filter=filter, exact=True, effort=DEFAULT_EFFORT, include=IDS_ONLY,
@@ -83,7 +83,7 @@ class RecallAudit:
             self._failed += 1
             log.info("a recall audit was given up: %s", error)
             return
-        if served.position != before:
+        if served.positions != before:
             return  # what was written meanwhile would look like a miss
         best = np.frombuffer(exact.hits[0].scores, np.float32)
         given = np.frombuffer(answered.scores, np.float32)

@@ -175,7 +175,9 @@ class Recommend:
             ),
             asked.model,
         )
-        return Computed(response.SerializeToString(), found.position, found.as_of_ms, found.complete, timings)
+        return Computed(
+            response.SerializeToString(), found.positions, found.as_of_ms, found.complete, timings
+        )
 
     async def _candidates(
         self, served: Served, request: pb.RecommendRequest, k: int, taste: np.ndarray, deadline: Deadline

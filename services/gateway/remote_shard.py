@@ -33,7 +33,7 @@ from shard_router.errors import (
     Unavailable,
 )
 from shard_router.filters import Filter
-from shard_router.model import Collection, Hit, Include, LogDelta, Version
+from shard_router.model import HOME, Collection, Hit, Include, LogDelta, Version
 
 if TYPE_CHECKING:
     from protos.ringfort.internal.v1.shard_node_pb2_grpc import ShardNodeAsyncStub
@@ -55,11 +55,14 @@ _OFFERS_MOST, _OFFER_ROWS_MOST = 64, 16_384
 class RemoteShard:
     """One replica of a shard, on a node."""
 
-    def __init__(self, peer: ShardPeer, collection: Collection, shard: int, replica: int) -> None:
+    def __init__(
+        self, peer: ShardPeer, collection: Collection, shard: int, replica: int, database: str
+    ) -> None:
         """Use `open`; this only puts the parts together."""
         self._peer, self._collection = peer, collection
-        self._key = parcels.key_of(collection, shard, replica)
-        self._name = f"replica {replica} of shard {shard} of {collection.name}"
+        self._key = parcels.key_of(collection, shard, replica, database)
+        part = "" if database == HOME else f" in {database}"
+        self._name = f"replica {replica} of shard {shard} of {collection.name}{part}"
         self._searches: Coalescer[Asked, np.ndarray, ShardAnswer[RenderedHits]] = Coalescer(
             self._send, f"{self._name} on {peer.name}"
         )
@@ -81,10 +84,16 @@ class RemoteShard:
 
     @classmethod
     async def attach(
-        cls, peer: ShardPeer, collection: Collection, shard: int, replica: int, deadline: Deadline
+        cls,
+        peer: ShardPeer,
+        collection: Collection,
+        shard: int,
+        replica: int,
+        database: str,
+        deadline: Deadline,
     ) -> "RemoteShard":
         """A replica that somebody else has opened on that node; Unavailable where it cannot be heard."""
-        remote = cls(peer, collection, shard, replica)
+        remote = cls(peer, collection, shard, replica, database)
         remote._attached = True
         remote._begin()
         try:
@@ -109,12 +118,13 @@ class RemoteShard:
         shard: int,
         replica: int,
         *,
+        database: str = HOME,
         slots: Sequence[int],
         epoch: int,
         log_id: str,
     ) -> "RemoteShard":
         """A replica on that node, which can answer by then; raises what opening it there raises."""
-        remote = cls(peer, collection, shard, replica)
+        remote = cls(peer, collection, shard, replica, database)
         request = parcels.open_request(collection, remote._key, slots, epoch, log_id)
         with peer.calling() as stub:
             state = await stub.Open(request, timeout=OPEN_S, metadata=peer.metadata)

@@ -15,7 +15,7 @@ from services.gateway.remote_shard import READ_S, RemoteShard, ShardPeer
 from services.peers import Peer
 from services.shard.parcels import key_of
 from shard_router.errors import RingfortError
-from shard_router.model import Collection
+from shard_router.model import HOME, Collection
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class RemoteShards:
         shard: int,
         replica: int,
         *,
+        database: str = HOME,
         slots: Sequence[int],
         epoch: int,
         log_id: str,
@@ -47,20 +48,20 @@ class RemoteShards:
         self._known.add((collection.uid, collection.generation))
         peer = self._peer(collection, shard, replica)
         return await RemoteShard.open(
-            peer, collection, shard, replica, slots=slots, epoch=epoch, log_id=log_id
+            peer, collection, shard, replica, database=database, slots=slots, epoch=epoch, log_id=log_id
         )
 
     async def attach(
-        self, collection: Collection, shard: int, replica: int, deadline: Deadline
+        self, collection: Collection, shard: int, replica: int, database: str, deadline: Deadline
     ) -> RemoteShard:
         """A replica that another gateway has opened, where it lies; Unavailable."""
         return await RemoteShard.attach(
-            self._peer(collection, shard, replica), collection, shard, replica, deadline
+            self._peer(collection, shard, replica), collection, shard, replica, database, deadline
         )
 
-    async def forget(self, collection: Collection, shard: int, replica: int) -> None:
+    async def forget(self, collection: Collection, shard: int, replica: int, *, database: str = HOME) -> None:
         """Have its node remove the files of a closed replica that will not be opened again."""
-        request = internal.ForgetRequest(replica=key_of(collection, shard, replica))
+        request = internal.ForgetRequest(replica=key_of(collection, shard, replica, database))
         await self._forget(self._peer(collection, shard, replica), request)
 
     async def forget_all(self, collection: Collection) -> None:

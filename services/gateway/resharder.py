@@ -213,9 +213,9 @@ class Resharder:
             if adds == (argument in state.shards):
                 return True  # it was done already
             target = _added(state, argument) if adds else _drained(state, argument)
-            machine, first = Resharding.begin(target, _copies(served))
+            machine, first = Resharding.begin(target, _copies(served), tuple(served.logs))
         else:
-            machine, first = Resharding.resume(state, _copies(served))
+            machine, first = Resharding.resume(state, _copies(served), tuple(served.logs))
         return await _Change(self._catalog, served, machine, job).run(first)
 
     async def _set_replicas(self, job: Job, served: Served, replicas: int) -> bool:
@@ -306,10 +306,10 @@ class _Change:
             case Backfill(copy, slots):
                 if (replica := self._replica(copy)) is None:
                     return None
-                await replica.backfill(slots)
+                await replica.backfill(served.logs[copy.database].own(slots))
                 return Backfilled(copy)
             case ReadPosition():
-                return PositionRead(await store.position(served.collection))
+                return PositionRead(await store.positions(served.collection))
             case AwaitApplied(copy, position):
                 if (replica := self._replica(copy)) is None:
                     return None
@@ -320,7 +320,7 @@ class _Change:
         raise AssertionError(f"{instruction} is not carried out here")
 
     def _replica(self, copy: Copy) -> ShardEndpoint | None:
-        return self._served.up(copy.shard).get(copy.replica)
+        return self._served.logs[copy.database].up(copy.shard).get(copy.replica)
 
 
 def _copies(served: Served) -> list[Copy]:

@@ -93,7 +93,7 @@ class Retrieval:
             # Of this generation the same: an answer is computed by the variant that its name tells.
             return model if other is served else self._model(other, request, kind)
 
-        at_least = 0
+        at_least: Mapping[str, int] = {}
         if request.HasField("read_after"):
             at_least = await self.wait_for_token(served, request.read_after.positions, deadline)
         if request.cache == pb.BYPASS:
@@ -179,21 +179,25 @@ class Retrieval:
                 raise NotFound("document", id, field)
         return np.stack([found[id] for id in ids])
 
-    async def wait_for_token(self, served: Served, positions: Mapping[str, int], deadline: Deadline) -> int:
-        """Until every shard shows the writes of a token; its position, 0 for an empty one.
+    async def wait_for_token(
+        self, served: Served, positions: Mapping[str, int], deadline: Deadline
+    ) -> Mapping[str, int]:
+        """Until every shard shows the writes of a token; its positions by log.
 
-        UnknownLog if the token is of another log or beyond this one.
+        UnknownLog if the token is of another collection's log, or beyond one.
         """
         if not positions:
-            return 0
-        position = served.require_token(positions)
-        if position > served.position:
-            counter = await self._catalog.store.position(served.collection)
-            if position > counter:
-                raise UnknownLog(served.log_id, position, counter)
-        if not await served.wait_for(position, deadline):
+            return {}
+        served.check_token(positions)
+        known = served.positions
+        for log_id, position in positions.items():
+            if position > known[log_id]:
+                counter = await self._catalog.store.position(served.collection, served.database_of(log_id))
+                if position > counter:
+                    raise UnknownLog(log_id, position, counter)
+        if not await served.wait_for(positions, deadline):
             raise DeadlineExceeded("read_after")
-        return position
+        return dict(positions)
 
     def check_text(self, text: str, field: str) -> None:
         """A query text that can be embedded."""
@@ -277,7 +281,7 @@ class Retrieval:
             found.asked,
             found.answered,
         )
-        return Computed(body, found.position, found.as_of_ms, found.complete, timings)
+        return Computed(body, found.positions, found.as_of_ms, found.complete, timings)
 
 
 def check_mode(mode: "pb.Mode.ValueType") -> None:

@@ -1,14 +1,16 @@
-"""One collection as this gateway serves it: its shard map and the copies of its shards."""
+"""One collection as this gateway serves it: its shard map, its logs, and the copies of its shards."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from services.deadline import Deadline
+from services.gateway.collection_log import CollectionLog
 from services.gateway.endpoints import ShardEndpoint
+from shard_router.databases import databases_of
 from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, Unavailable, UnknownLog
 from shard_router.fanout_plan import HedgeBudget, Latencies, stale_pause_s
-from shard_router.model import Collection, LogDelta
+from shard_router.model import Collection, Commit
 from shard_router.resharding import Copy
 from shard_router.shard_map import MapState, ShardMap
 
@@ -18,21 +20,20 @@ Assure = Callable[[Deadline], Awaitable[None]]
 
 
 class Served:
-    """A collection, who answers for its slots, and how far its log is known."""
+    """A collection, who answers for its slots, and how far its logs are known."""
 
-    def __init__(self, collection: Collection, state: MapState, log_id: str) -> None:
+    def __init__(self, collection: Collection, state: MapState) -> None:
         self.collection = collection
         #: Who owns which slot, and who is about to; changed by `turn` alone.
         self.state = state
-        self.log_id = log_id
-        #: The log's position after the last write that was acknowledged here, or at the start.
-        self._acknowledged = 0
-        #: By shard and number, the copies that have caught up and are asked.
-        self.replicas: dict[int, dict[int, ShardEndpoint]] = {}
-        #: Those that are catching up: they hear of commits, or they never would.
-        self.joining: set[ShardEndpoint] = set()
-        #: By copy, how many searches are under way there.
-        self.in_flight: dict[Copy, int] = {}
+        names = collection.databases
+        #: By database, in the collection's order, the log in it.
+        self.logs = {
+            name: CollectionLog(name, databases_of(collection).slots_of(name) if len(names) > 1 else None)
+            for name in names
+        }
+        #: Copies of logs that are followed no more; to be closed.
+        self.discarded: list[ShardEndpoint] = []
         self.latencies, self.hedges = Latencies(), HedgeBudget()
         #: How many replicas there are to be, while that is more than the collection asks for yet.
         self.growing_to = 0
@@ -56,10 +57,16 @@ class Served:
         """Whether a commit has told of a later map than is known here."""
         return self.state.epoch < self._told_epoch
 
-    def wanted(self) -> set[Copy]:
-        """The copies that there should be."""
+    def wanted(self, database: str | None = None) -> set[Copy]:
+        """The copies that there should be, of every log or of one; none of a log that is not known."""
         numbers = range(max(self.collection.replicas, self.growing_to))
-        return {Copy(shard, number) for shard in self.state.shards for number in numbers}
+        return {
+            Copy(shard, number, log.database)
+            for log in self.logs.values()
+            if log.log_id and database in (None, log.database)
+            for shard in self.state.shards
+            for number in numbers
+        }
 
     @property
     def wants_copies(self) -> bool:
@@ -69,7 +76,7 @@ class Served:
 
     def join(self, copy: Copy, replica: ShardEndpoint) -> None:
         """A copy that has caught up is asked from now on."""
-        self.replicas.setdefault(copy.shard, {})[copy.replica] = replica
+        self.logs[copy.database].replicas.setdefault(copy.shard, {})[copy.replica] = replica
         for tell in self.on_copy:
             tell(copy, True)
 
@@ -77,68 +84,54 @@ class Served:
         """A copy is asked no more; it is not closed yet."""
         for tell in self.on_copy:
             tell(copy, False)
-        return self.replicas[copy.shard].pop(copy.replica)
+        return self.logs[copy.database].replicas[copy.shard].pop(copy.replica)
+
+    def discard(self, database: str) -> None:
+        """A database holds another log than before: nothing that follows the old one is asked any more."""
+        old = self.logs[database]
+        self.discarded += [self.leave(copy) for copy, _ in list(old.copies())]
+        # Whoever waits for the old one, or is about to join it, still has it in hand.
+        self.logs[database] = CollectionLog(database, old.slots)
 
     def copies(self) -> Iterator[tuple[Copy, ShardEndpoint]]:
         """Every copy that has caught up, in order."""
-        for shard, replicas in sorted(self.replicas.items()):
-            for number, replica in sorted(replicas.items()):
-                yield Copy(shard, number), replica
+        for log in self.logs.values():
+            yield from log.copies()
 
-    def up(self, shard: int) -> dict[int, ShardEndpoint]:
-        """The copies of a shard that are not down, by number."""
-        return {n: r for n, r in sorted(self.replicas.get(shard, {}).items()) if not r.fell.is_set()}
+    def committed(self, database: str, commit: Commit) -> None:
+        """Note a commit to a database's log, and hand its rows to the copies."""
+        self._told_epoch = max(self._told_epoch, commit.epoch)
+        log = self.logs[database]
+        if commit.log_id == log.log_id:  # else it is opened anew, and has what was committed
+            log.committed(commit.upto, commit.delta)
 
-    def loads(self, shard: int) -> list[float | None]:
-        """What is under way at each copy of a shard, by number; None where it is down."""
-        up = self.up(shard)
-        return [
-            self.in_flight.get(Copy(shard, number), 0) if number in up else None
-            for number in range(max(up, default=-1) + 1)
-        ]
-
-    def committed(self, upto: int, delta: LogDelta | None, epoch: int = 0) -> None:
-        """Note a commit and hand its rows to the copies; one that cannot take them reads the log.
-
-        epoch: the stored map's as of the commit.
-        """
-        self._told_epoch = max(self._told_epoch, epoch)
-        self._acknowledged = max(self._acknowledged, upto)
-        for replicas in self.replicas.values():
-            for replica in replicas.values():
-                if delta is None or not replica.offer(delta):
-                    replica.wake()
-        for replica in self.joining:
-            if delta is None or not replica.offer(delta):
-                replica.wake()
-
-    def heard(self, position: int) -> None:
-        """The log has come so far, by a write of another gateway, which has handed its rows to the copies."""
-        self._acknowledged = max(self._acknowledged, position)
-        for replica in self.joining:
-            replica.wake()
+    def heard(self, positions: Mapping[str, int]) -> None:
+        """The logs have come so far, by a write of another gateway, which handed its rows to the copies."""
+        for log in self.logs.values():
+            if log.log_id in positions:
+                log.heard(positions[log.log_id])
 
     @property
-    def position(self) -> int:
-        """The latest log position known: all that was acknowledged here, all that a replica has read."""
-        position = self._acknowledged
-        for replicas in self.replicas.values():
-            for replica in replicas.values():
-                position = max(position, replica.position)
-        return position
+    def positions(self) -> Mapping[str, int]:
+        """By identity, the latest position known of every log that is known; see `CollectionLog.position`."""
+        told = {}  # not a comprehension, which is a call more: every kept answer asks this
+        for log in self.logs.values():
+            if log.log_id:
+                told[log.log_id] = log.position
+        return told
 
     @property
     def lag_positions(self) -> int:
-        """How far behind the log that is known of the slowest copy is."""
-        position = self.position
-        return position - min((replica.position for _, replica in self.copies()), default=position)
+        """How far behind the logs that are known of the slowest copies are, together."""
+        return sum(log.lag_positions for log in self.logs.values())
 
     @property
     def documents(self) -> int:
         """How many documents its shards have, each counted at the copy that has most."""
         return sum(
             max((int(replica.describe()["documents"]) for replica in replicas.values()), default=0)
-            for replicas in self.replicas.values()
+            for log in self.logs.values()
+            for replicas in log.replicas.values()
         )
 
     def look(self) -> None:
@@ -146,11 +139,12 @@ class Served:
         for _, replica in self.copies():
             replica.wake()
 
-    async def wait_for(self, position: int, deadline: Deadline) -> bool:
-        """Whether, before the deadline, every copy that may be asked has applied `position`.
+    async def wait_for(self, positions: Mapping[str, int], deadline: Deadline) -> bool:
+        """Whether, before the deadline, every copy that may be asked has applied these positions, by log.
 
         False where a shard has no copy that may: what is visible there nobody can say. Nor can anybody while
-        a commit has told of a later map than is known here, for then others may have to be waited for.
+        a commit has told of a later map than is known here, for then others may have to be waited for; nor of
+        a log that is not followed.
         """
         while self.outdated:
             self._turned.clear()
@@ -159,20 +153,27 @@ class Served:
                     await self._turned.wait()
             except TimeoutError:
                 return False
+        followed = [log for log in self.logs.values() if log.log_id in positions]
+        if len(followed) < len(positions):
+            return False
+        waits = [self._applied(log, positions[log.log_id], deadline) for log in followed]
+        return all(await asyncio.gather(*waits)) if len(waits) > 1 else all([await wait for wait in waits])
+
+    async def _applied(self, log: CollectionLog, position: int, deadline: Deadline) -> bool:
         while True:
-            asked = {shard: self.up(shard) for shard in self.state.shards}
+            asked = {shard: log.up(shard) for shard in self.state.shards}
             waits = [replica.wait_for(position, deadline) for up in asked.values() for replica in up.values()]
             reached = all(await asyncio.gather(*waits))
             if reached and all(asked.get(shard) for shard in self.shard_map.shards):
                 return True
             # Whoever fell or left meanwhile is asked no more, as long as another copy is there.
-            if deadline.left_s() <= 0 or asked == {shard: self.up(shard) for shard in self.state.shards}:
+            if deadline.left_s() <= 0 or asked == {shard: log.up(shard) for shard in self.state.shards}:
                 return False
 
     async def each_shard(
         self, ask: Callable[[ShardEndpoint, int], Awaitable[T]], deadline: Deadline
     ) -> list[T]:
-        """What one copy of every shard says, asked with the map's epoch: together, of every slot once.
+        """What one copy of every shard of every log says, asked with the map's epoch: of every slot once.
 
         ShardUnavailable where a shard has no copy that is up; DeadlineExceeded; what a copy raises.
         """
@@ -200,9 +201,9 @@ class Served:
 
     def _asked(self, ask: Callable[[ShardEndpoint, int], Awaitable[T]], turn: int) -> list[Awaitable[T]]:
         shards = self.shard_map.shards
-        up = [self.up(shard) for shard in shards]
+        up = [log.up(shard) for log in self.logs.values() for shard in shards]
         if not all(up):
-            raise ShardUnavailable(sum(map(bool, up)), len(shards), 1.0)
+            raise ShardUnavailable(answered(list(map(bool, up)), len(shards)), len(shards), 1.0)
         chosen = [list(replicas.values())[turn % len(replicas)] for replicas in up]
         return [ask(replica, self.state.epoch) for replica in chosen]
 
@@ -217,11 +218,11 @@ class Served:
         left: list[ShardEndpoint] = []
         for copy, replica in list(self.copies()):
             try:
-                await replica.serve(state.epoch, state.served_by(copy.shard))
+                await replica.serve(state.epoch, self.slots_of(copy))
             except ValueError:
                 left.append(self.leave(copy))
         for copy, replica in list(self.copies()):
-            await settle(replica, state, copy.shard)
+            await self.settle(replica, copy)
         self._turned.set()
         return left
 
@@ -231,17 +232,41 @@ class Served:
             self.state = state
             self._turned.set()
 
-    def require_token(self, positions: Mapping[str, int]) -> int:
-        """The position a read token asks for, 0 for an empty one; UnknownLog if it is of another log."""
+    def slots_of(self, copy: Copy) -> tuple[int, ...]:
+        """The slots that a copy answers for now."""
+        return self.logs[copy.database].own(self.state.served_by(copy.shard))
+
+    async def settle(self, replica: ShardEndpoint, copy: Copy) -> None:
+        """Let a copy answer for what is its own now, and drop what it need not follow."""
+        state = self.state
+        await replica.serve(state.epoch, self.slots_of(copy))
+        strange = replica.followed().difference(state.followed_by(copy.shard))
+        if strange:
+            await replica.release(sorted(strange))
+
+    def check_token(self, positions: Mapping[str, int]) -> None:
+        """UnknownLog if a read token is of a log that is none of this collection's.
+
+        Unavailable while not all of them are known.
+        """
+        known = {log.log_id for log in self.logs.values()}
         for log_id, position in positions.items():
-            if log_id != self.log_id:
+            if log_id not in known:
+                if "" in known:
+                    raise Unavailable("not all logs of the collection are known yet")
                 raise UnknownLog(log_id, position)
-        return positions.get(self.log_id, 0)
+
+    def by_log(self, positions: Mapping[str, int]) -> dict[str, int]:
+        """Positions by database as positions by log; Unavailable while one of the logs is not known."""
+        if not all(self.logs[database].log_id for database in positions):
+            raise Unavailable("not all logs of the collection are known yet")
+        return {self.logs[database].log_id: position for database, position in positions.items()}
+
+    def database_of(self, log_id: str) -> str:
+        """The database of a log that `check_token` let pass."""
+        return next(log.database for log in self.logs.values() if log.log_id == log_id)
 
 
-async def settle(replica: ShardEndpoint, state: MapState, shard: int) -> None:
-    """Let a copy of a shard answer for what is its own in that state, and drop what it need not follow."""
-    await replica.serve(state.epoch, state.served_by(shard))
-    strange = replica.followed().difference(state.followed_by(shard))
-    if strange:
-        await replica.release(sorted(strange))
+def answered(parts: Sequence[bool], shards: int) -> int:
+    """Of so many shards, how many answered with all their parts; those of one log follow those of another."""
+    return sum(all(parts[shard::shards]) for shard in range(shards))

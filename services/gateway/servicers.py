@@ -326,6 +326,7 @@ def collection_message(served: Served, models: Models) -> pb.Collection:
         epoch=served.state.epoch,
         aliases=c.aliases,
         created_at=wire.timestamp(c.created_at_us),
+        databases=c.databases,
     )
 
 
@@ -441,8 +442,9 @@ class ClusterReads:
             pb.Replica(
                 shard=copy.shard,
                 replica=copy.replica,
+                database=copy.database,
                 state="opening",
-                slots=len(map_state.served_by(copy.shard)),
+                slots=len(served.slots_of(copy)),
             )
             for copy in served.wanted() - here.keys()
         ]
@@ -452,7 +454,8 @@ class ClusterReads:
                 pb.Replica(
                     shard=copy.shard,
                     replica=copy.replica,
-                    slots=len(map_state.served_by(copy.shard)),
+                    database=copy.database,
+                    slots=len(served.slots_of(copy)),
                     endpoint=replica.endpoint,
                     state=state,
                     detail=detail,
@@ -477,8 +480,17 @@ class ClusterReads:
             name=served.collection.name,
             generation=served.collection.generation,
             epoch=served.state.epoch,
-            watermark=served.position,
-            replicas=sorted(replicas, key=lambda each: (each.shard, each.replica)),
+            watermark=sum(served.positions.values()),
+            replicas=sorted(replicas, key=lambda each: (each.shard, each.replica, each.database)),
+            logs=[
+                pb.LogStatus(
+                    database=log.database,
+                    log_id=log.log_id,
+                    watermark=log.position,
+                    slots=len(log.own(range(served.collection.slots))),
+                )
+                for log in served.logs.values()
+            ],
             shard_map=type(map_state).__name__.lower(),
             moving_slots=0 if isinstance(map_state, Steady) else sum(map(len, map_state.gains.values())),
         )

@@ -58,7 +58,7 @@ class _Told:
             self.collection is served.collection
             and self.state is served.state
             and self.copies == copies
-            and served.log_id in self.positions
+            and served.positions.keys() == self.positions.keys()
         )
 
 
@@ -134,12 +134,10 @@ class Siblings:
 
     async def Visible(self, request: internal.VisibleRequest, deadline: Deadline) -> internal.VisibleResponse:
         """See `visible`; not so where the collection is not there, or another log of it."""
-        positions = dict(request.positions)
         served = self._catalog.of(request.collection)
-        if served is None or positions.keys() != {served.log_id}:
+        if served is None:
             return internal.VisibleResponse()
-        visible = await self.visible(served, positions[served.log_id], deadline)
-        return internal.VisibleResponse(visible=visible)
+        return internal.VisibleResponse(visible=await self.visible(served, dict(request.positions), deadline))
 
     async def HandOn(self, request: internal.HandOnRequest, deadline: Deadline) -> internal.HandOnResponse:
         """Carry out what another gateway was asked for."""
@@ -154,18 +152,18 @@ class Siblings:
         await self._load(request.model, deadline)
         return internal.LoadResponse()
 
-    async def visible(self, served: Served, position: int, deadline: Deadline) -> bool:
-        """Whether, before the deadline, every read that begins anywhere sees all up to `position`.
+    async def visible(self, served: Served, positions: Mapping[str, int], deadline: Deadline) -> bool:
+        """Whether, before the deadline, every read that begins anywhere sees all up to `positions` (by log).
 
         Every copy that may be asked has applied it, and every gateway that holds a lease knows of it, and of
         the copies that may not be asked any more.
         """
         deadline = Deadline(deadline.at_s - REST_S, deadline.clock)
         # Before anything is waited for: a copy that joins from now on has it.
-        served.heard(position)
-        if not self._move(served, {served.log_id: position}):
+        served.heard(positions)
+        if not self._move(served, positions):
             return False
-        if not await served.wait_for(position, deadline) or not self._is_served(served):
+        if not await served.wait_for(positions, deadline) or not self._is_served(served):
             return False
         # In the same turn of the event loop: who fell was not waited for, and may not be asked by anybody.
         self._look_at(served)
@@ -253,6 +251,8 @@ class Siblings:
             return False
         self._look_at(served)
         told = self._told[served.collection.uid]
+        if not positions.keys() <= told.positions.keys():
+            return False
         news = {log_id: at for log_id, at in positions.items() if at > told.positions[log_id]}
         if news:
             told.positions |= news
@@ -290,11 +290,12 @@ class Siblings:
             else:
                 self._opened += 1
                 opened[copy] = self._opened
+        known: Mapping[str, int] = {} if told is None else told.positions
         # All that was visible before anybody was told of anything.
-        positions = {served.log_id: served.position}
+        positions = {log_id: known.get(log_id, at) for log_id, at in served.positions.items()}
         moved = version = self._tell()
-        if told is not None and told.positions.keys() == positions.keys():
-            positions, moved = told.positions, told.moved
+        if told is not None and known.keys() == positions.keys():
+            moved = told.moved
         self._told[uid] = _Told(
             served.collection, served.state, copies, opened, news.shape_of(served, opened), version,
             positions, moved,

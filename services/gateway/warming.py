@@ -47,7 +47,7 @@ class Warming:
                     break
                 name = question.name(served)
                 within = Deadline(deadline.at_s - _REST_S, deadline.clock)
-                await self._answers.once(served, name, question, 0, within)
+                await self._answers.once(served, name, question, {}, within)
                 computed += 1
                 if computed + failed < min(limit, len(cold)):
                     await pause

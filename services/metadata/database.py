@@ -28,6 +28,8 @@ WAITING_LIMIT = 256
 STOPPED_MS = 2_000
 #: A server that gives no connection for so long is away.
 CONNECT_WAIT_S = 2.0
+#: A connection is tried for so long, with growing pauses; after that anew, as soon as somebody wants one.
+RECONNECT_S = 5.0
 #: What the server says when it ends a connection: nothing that was asked last is known to have happened.
 HANG_UPS = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.DatabaseDropped)
 #: Every statement of the room finds its rows by index, also while a table is new and its statistics are
@@ -124,6 +126,7 @@ class Database:
             max_waiting=WAITING_LIMIT,
             configure=configure,
             check=_check,
+            reconnect_timeout=RECONNECT_S,
             open=False,
             name="metadata",
         )

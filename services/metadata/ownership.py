@@ -30,6 +30,14 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 
 
 @dataclass(frozen=True, slots=True)
+class Belonging:
+    """What a database is that is no home: whose, and which by name."""
+
+    service: uuid.UUID
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What a write has to carry, and what it makes: versions of `term` in log `log_id`.
 
@@ -52,8 +60,12 @@ class Ownership:
     already under way does not slip in is for the counters' rows to see to (see Claim).
     """
 
-    def __init__(self, arguments: dict[str, object]) -> None:
+    def __init__(self, arguments: dict[str, object], belonging: Belonging | None = None) -> None:
+        """belonging: what the database is to be, or to become if it is new; None for a home."""
         self._arguments = arguments
+        self._belonging = belonging
+        #: Whose database it is; known once the claim was taken.
+        self.service = uuid.UUID(int=0)
         self._connection: Connection | None = None
         self._watch: asyncio.Task[None] | None = None
         #: Why the claim is not held; None while it is.
@@ -73,12 +85,17 @@ class Ownership:
         await self._check_server(self._connection)
         if not await self._lock(self._connection, LOCK_WAIT_S):
             raise StartupRefused(f"{self._where()} is already in use by another Ringfort service.")
-        try:
-            await migrate(self._connection, self._where())
-            await self._confirm(self._connection)
-        except psycopg.Error as error:
-            raise StartupRefused(f"{self._where()} cannot be prepared: {first_line(error)}.") from error
+        await self._prepare(self._connection)
         self._watch = asyncio.create_task(self._keep(), name="metadata-ownership")
+
+    def take_later(self, why: str) -> None:
+        """Go on trying in the background; `why` it could not be taken so far."""
+        self._lost = why
+        self._watch = asyncio.create_task(self._keep(), name="metadata-ownership")
+
+    async def taken(self) -> None:
+        """Return while the claim is held."""
+        await self._taken.wait()
 
     @property
     def claim(self) -> Claim:
@@ -113,6 +130,11 @@ class Ownership:
     def held(self) -> bool:
         """Whether this process holds the database now."""
         return self._lost is None
+
+    @property
+    def lost(self) -> str:
+        """Why the claim is not held; empty while it is."""
+        return self._lost or ""
 
     async def close(self) -> None:
         """Let the database go."""
@@ -153,6 +175,34 @@ class Ownership:
         if encoding != "UTF8":
             raise StartupRefused(f"{self._where()} is encoded in {encoding}; UTF8 is needed.")
 
+    async def _prepare(self, connection: Connection) -> None:
+        """Bring a locked database up to date, see that it is ours, and claim it; StartupRefused."""
+        try:
+            await migrate(connection, self._where())
+            await self._belong(connection)
+            await self._confirm(connection)
+        except psycopg.Error as error:
+            raise StartupRefused(f"{self._where()} cannot be prepared: {first_line(error)}.") from error
+
+    async def _belong(self, connection: Connection) -> None:
+        """See that the database is what it is taken for; a new one becomes a partition where wanted."""
+        if self._belonging is not None:
+            wanted = {"service": self._belonging.service, "name": self._belonging.name}
+            await connection.execute(bare_statement("become_partition"), wanted)
+        cursor = await connection.execute(bare_statement("service"))
+        self.service, partition = await cursor.fetchone() or (self.service, None)
+        if self._belonging is None:
+            if partition is not None:
+                raise StartupRefused(f"{self._where()} is a partition of a service ({partition}).")
+        elif partition is None:
+            raise StartupRefused(f"{self._where()} is the home of another Ringfort service.")
+        elif self.service != self._belonging.service:
+            raise StartupRefused(f"{self._where()} is a partition of another Ringfort service.")
+        elif partition != self._belonging.name:
+            raise StartupRefused(
+                f"{self._where()} is the partition {partition!r}, not {self._belonging.name!r}."
+            )
+
     async def _lock(self, connection: Connection, wait_s: float) -> bool:
         until_s = time.monotonic() + wait_s
         while True:
@@ -186,6 +236,7 @@ class Ownership:
 
     async def _keep(self) -> None:
         while True:
+            await self._take_again()
             listening = asyncio.create_task(self._listen())
             doubted = asyncio.create_task(self._doubted.wait())
             try:
@@ -194,7 +245,6 @@ class Ownership:
                 for task in (listening, doubted):
                     task.cancel()
                 await asyncio.gather(listening, doubted, return_exceptions=True)
-            await self._take_again()
 
     async def _listen(self) -> None:
         """Return when the connection is lost."""
@@ -211,24 +261,34 @@ class Ownership:
                 log.exception("the claim's connection failed")
 
     async def _take_again(self) -> None:
+        """Return once the claim is held."""
         pause_s = FIRST_PAUSE_S
         while self._lost is not None:
             try:
-                assert self._connection is not None
-                await self._connection.close()
+                if self._connection is not None:
+                    await self._connection.close()
                 self._connection = await self._connect(0.0, log.debug)
-                # The server may not have noticed yet that our last connection is gone.
-                if await self._lock(self._connection, LOCK_WAIT_S):
-                    await self._confirm(self._connection)
-                    log.info("the claim to the database is held again")
-                else:
-                    self._lost = f"{self._where()} was taken over by another Ringfort service"
-                    log.error("%s", self._lost)
+                await self._claim_again(self._connection)
             except (StartupRefused, psycopg.Error) as error:
                 log.debug("the database is still away: %s", error)
             if self._lost is not None:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _claim_again(self, connection: Connection) -> None:
+        """Claim a database that answers; where it may not be taken, say why."""
+        try:
+            await self._check_server(connection)
+            # The server may not have noticed yet that our last connection is gone.
+            if not await self._lock(connection, LOCK_WAIT_S):
+                raise StartupRefused(f"{self._where()} was taken over by another Ringfort service")
+            await self._prepare(connection)
+        except StartupRefused as refused:
+            if self._lost != str(refused):
+                self._lost = str(refused)
+                log.error("%s", self._lost)
+            return
+        log.info("the claim to the database is held again")
 
 
 class BorrowedClaim(Ownership):

@@ -24,6 +24,15 @@ SET log_id = CASE WHEN identity IN ('', %(identity)s) THEN log_id ELSE gen_rando
     identity = %(identity)s
 RETURNING log_id::text, term;
 
+-- service: whose database this is, and which of its partitions; no partition where it is a home, or new
+SELECT service, partition FROM logs;
+
+-- become_partition: belong to a service under a name, unless this is a home or another partition
+UPDATE logs SET service = %(service)s, partition = %(name)s
+WHERE (partition IS NULL AND NOT EXISTS (SELECT FROM collections))
+   OR (partition = %(name)s AND service = %(service)s)
+RETURNING partition;
+
 -- await_writers: return when every write under way is done
 SELECT FROM counters ORDER BY collection_uid FOR UPDATE;
 
@@ -36,14 +45,19 @@ SELECT 1;
 -- lock_registry: one change of names at a time; reading goes on
 LOCK TABLE collections IN SHARE ROW EXCLUSIVE MODE;
 
+-- reserve_uid: the number of a collection that is about to be made
+SELECT nextval(pg_get_serial_sequence('collections', 'uid')),
+       (extract(epoch FROM clock_timestamp()) * 1000000)::bigint;
+
 -- create_collection: a collection, unless its name is an alias
-INSERT INTO collections (tenant, name, dim, metric, schema, model, slots, shards, replicas, index,
-                         max_staleness_ms, space)
-SELECT %(tenant)s, %(name)s, %(dim)s, %(metric)s, %(schema)s, %(model)s, %(slots)s, %(shards)s, %(replicas)s,
-       %(index)s, %(max_staleness_ms)s, %(space)s
+INSERT INTO collections (uid, tenant, name, dim, metric, schema, model, slots, shards, replicas, index,
+                         max_staleness_ms, space, databases, created_at_us)
+OVERRIDING SYSTEM VALUE
+SELECT %(uid)s, %(tenant)s, %(name)s, %(dim)s, %(metric)s, %(schema)s, %(model)s, %(slots)s, %(shards)s,
+       %(replicas)s, %(index)s, %(max_staleness_ms)s, %(space)s, %(databases)s, %(created_at_us)s
 WHERE NOT EXISTS (SELECT FROM aliases WHERE tenant = %(tenant)s AND alias = %(name)s)
 ON CONFLICT (tenant, name) DO NOTHING
-RETURNING uid, generation, schema_version, created_at_us;
+RETURNING generation, schema_version;
 
 -- create_counter: an empty log
 INSERT INTO counters (collection_uid, claim) VALUES (%(uid)s, %(claim)s);
@@ -76,7 +90,7 @@ WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0
 
 -- collections: all collections of all tenants, with their aliases
 SELECT uid, tenant, name, dim, metric, schema, schema_version, model, slots, shards, replicas, index,
-       max_staleness_ms, generation, space, created_at_us,
+       max_staleness_ms, generation, space, created_at_us, databases,
        ARRAY(SELECT alias FROM aliases WHERE collection_uid = uid ORDER BY alias) AS aliases
 FROM collections ORDER BY uid;
 
@@ -84,7 +98,27 @@ FROM collections ORDER BY uid;
 SELECT uid, generation FROM collections WHERE tenant = %(tenant)s AND name = %(name)s;
 
 -- drop_registration: forget a collection; its counter and aliases go with it
-DELETE FROM collections WHERE uid = %(uid)s;
+DELETE FROM collections WHERE uid = %(uid)s RETURNING created_at_us, databases;
+
+-- registration: what is known of a collection by its number
+SELECT generation, created_at_us FROM collections WHERE uid = %(uid)s;
+
+-- leave_over: partitions may have tables of a collection that is not there
+INSERT INTO leftovers (collection_uid, created_at_us, database)
+SELECT %(uid)s, %(created_at_us)s, unnest(%(partitions)s::text[]);
+
+-- not_left_over: those tables belong to a collection that is there
+DELETE FROM leftovers WHERE collection_uid = %(uid)s;
+
+-- leftovers: what was left over some time ago
+SELECT collection_uid, created_at_us, database FROM leftovers
+WHERE since <= clock_timestamp() - make_interval(secs => %(age_s)s) ORDER BY since LIMIT 1000;
+
+-- take_leftover: be the one who removes it; nobody makes it a collection meanwhile
+SELECT FROM leftovers WHERE collection_uid = %(uid)s AND database = %(database)s FOR UPDATE SKIP LOCKED;
+
+-- drop_leftover: it is removed
+DELETE FROM leftovers WHERE collection_uid = %(uid)s AND database = %(database)s;
 
 -- drop_recent_writes: forget a collection's recent transactions
 DELETE FROM recent_writes WHERE collection_uid = %(uid)s;
@@ -146,6 +180,10 @@ FROM counters c LEFT JOIN shard_maps m USING (collection_uid) WHERE c.collection
 -- advance_epoch: go from one epoch to the next, if the claim is still held; writes wait until it is done
 UPDATE counters SET epoch = %(epoch)s
 WHERE collection_uid = %(uid)s AND claim = %(claim)s AND epoch = %(epoch)s - 1 RETURNING epoch;
+
+-- follow_epoch: a partition's commits tell the epoch, too
+UPDATE counters SET epoch = greatest(epoch, %(epoch)s)
+WHERE collection_uid = %(uid)s AND claim = %(claim)s RETURNING epoch;
 
 -- put_shard_map: who owns a collection's slots from this epoch on
 INSERT INTO shard_maps (collection_uid, phase, owners, next)

@@ -5,10 +5,10 @@ import json
 import psycopg
 
 from services.metadata.database import Connection, Database
-from services.metadata.ownership import REGAIN_WAIT_S, Ownership
+from services.metadata.ownership import REGAIN_WAIT_S, Claim, Ownership
 from services.metadata.statements import PARTITIONS, bare_statement, statement
-from shard_router.errors import AlreadyExists, NotFound
-from shard_router.model import AttributeType, Collection, Metric, Schema
+from shard_router.errors import AlreadyExists, NotFound, StorageUnavailable
+from shard_router.model import HOME, AttributeType, Collection, Metric
 
 
 class Registry:
@@ -21,67 +21,64 @@ class Registry:
         self._database = database
         self._ownership = ownership
 
-    async def create(
-        self,
-        *,
-        tenant: str,
-        name: str,
-        dim: int,
-        metric: Metric,
-        schema: Schema,
-        model: str | None,
-        slots: int,
-        shards: int,
-        replicas: int,
-        index: str,
-        max_staleness_ms: int,
-        space: str,
-    ) -> Collection:
-        """A new, empty collection at generation 1; AlreadyExists if a collection or alias has its name."""
-        values = {
-            "tenant": tenant,
-            "name": name,
-            "dim": dim,
-            "metric": metric.value,
-            "schema": json.dumps({attribute: kind.value for attribute, kind in schema.items()}),
-            "model": model,
-            "slots": slots,
-            "shards": shards,
-            "replicas": replicas,
-            "index": index,
-            "max_staleness_ms": max_staleness_ms,
-            "space": space,
-        }
+    async def reserve(self, partitions: list[str]) -> tuple[int, int]:
+        """The uid of a collection that is about to be made, and its time in microseconds.
+
+        What is made of it in these partitions is left over, until `create` says that it is not.
+        """
+        await self._ownership.require(REGAIN_WAIT_S)
+        async with self._database.connection() as connection, connection.transaction():
+            cursor = await connection.execute(bare_statement("reserve_uid"))
+            uid, created_at_us = await cursor.fetchone() or (0, 0)
+            if partitions:
+                await _leave_over(connection, uid, created_at_us, partitions)
+        return uid, created_at_us
+
+    async def create(self, collection: Collection) -> None:
+        """Make a new collection known, with tables and a log that are empty.
+
+        AlreadyExists if a collection or an alias has its name; StorageUnavailable where what was made of it
+        in its partitions has been removed again meanwhile.
+        """
         claim = await self._ownership.require(REGAIN_WAIT_S)
         async with self._database.connection() as connection, connection.transaction():
             await connection.execute(bare_statement("lock_registry"))
-            cursor = await connection.execute(bare_statement("create_collection"), values)
-            row = await cursor.fetchone()
-            if row is None:
-                raise AlreadyExists("collection", name)
-            uid, generation, schema_version, created_at_us = row
-            await connection.execute(bare_statement("create_counter"), {"uid": uid, "claim": claim.id})
-            await connection.execute(statement("create_tables", uid, generation))
-            for part in range(PARTITIONS):
-                await connection.execute(statement("create_partition", uid, part=part))
-        return Collection(
-            uid=uid,
-            tenant=tenant,
-            name=name,
-            dim=dim,
-            metric=metric,
-            schema=dict(schema),
-            schema_version=schema_version,
-            model=model,
-            slots=slots,
-            shards=shards,
-            replicas=replicas,
-            index=index,
-            max_staleness_ms=max_staleness_ms,
-            generation=generation,
-            space=space,
-            created_at_us=created_at_us,
-        )
+            if not await _register(connection, collection, collection.tenant, collection.name):
+                raise AlreadyExists("collection", collection.name)
+            cursor = await connection.execute(bare_statement("not_left_over"), {"uid": collection.uid})
+            if cursor.rowcount != len(collection.databases) - 1:
+                raise StorageUnavailable("making the collection took too long")
+            await _create_tables(connection, collection, claim)
+
+    async def adopt(self, collection: Collection) -> bool:
+        """In a partition, make tables and a log for a collection.
+
+        False, and nothing changed, where another collection of its number lies there: of a home that was
+        restored to an earlier state.
+        """
+        claim = await self._ownership.require(REGAIN_WAIT_S)
+        async with self._database.connection() as connection, connection.transaction():
+            await connection.execute(bare_statement("lock_registry"))
+            if await _registration(connection, collection.uid) is not None:
+                return False
+            await _register(connection, collection, "", str(collection.uid))
+            await _create_tables(connection, collection, claim)
+        return True
+
+    async def abandon(self, uid: int, created_at_us: int) -> None:
+        """In a partition, remove a collection's tables and log, if they are there."""
+        await self._ownership.require(REGAIN_WAIT_S)
+        async with self._database.connection() as connection, connection.transaction():
+            await connection.execute(bare_statement("lock_registry"))
+            known = await _registration(connection, uid)
+            if known is not None and known[1] == created_at_us:
+                await _drop(connection, uid, known[0])
+
+    async def holds(self, collection: Collection) -> bool:
+        """Whether this database has the collection's tables, and not those of another of its number."""
+        async with self._database.connection() as connection:
+            known = await _registration(connection, collection.uid)
+        return known is not None and known[1] == collection.created_at_us
 
     async def collections(self) -> list[Collection]:
         """All collections of all tenants, oldest first, with their aliases."""
@@ -95,22 +92,26 @@ class Registry:
                         "metric": Metric(row["metric"]),
                         "schema": {name: AttributeType(kind) for name, kind in row["schema"].items()},
                         "aliases": tuple(row["aliases"]),
+                        "databases": tuple(row["databases"]),
                     }
                 )
                 for row in await cursor.fetchall()
             ]
 
-    async def delete(self, tenant: str, name: str) -> None:
+    async def delete(self, tenant: str, name: str) -> list[tuple[int, int, str]]:
         """Forget a collection, its aliases and its documents; NotFound.
 
-        Writers under way finish first.
+        Writers under way finish first. What its partitions have of it is left over: uid, time and partition
+        of each.
         """
         async with self._database.connection() as connection, connection.transaction():
             await connection.execute(bare_statement("lock_registry"))
             uid, generation = await _find(connection, tenant, name)
-            await connection.execute(statement("drop_tables", uid, generation))
-            await connection.execute(bare_statement("drop_recent_writes"), {"uid": uid})
-            await connection.execute(bare_statement("drop_registration"), {"uid": uid})
+            created_at_us, databases = await _drop(connection, uid, generation)
+            partitions = [database for database in databases if database != HOME]
+            if partitions:
+                await _leave_over(connection, uid, created_at_us, partitions)
+        return [(uid, created_at_us, partition) for partition in partitions]
 
     async def set_alias(self, tenant: str, alias: str, collection: str | None) -> None:
         """Point an alias at a collection, or remove it (None).
@@ -140,3 +141,55 @@ async def _find(connection: Connection, tenant: str, name: str) -> tuple[int, in
     if row is None:
         raise NotFound("collection", name)
     return row[0], row[1]
+
+
+async def _register(connection: Connection, collection: Collection, tenant: str, name: str) -> bool:
+    values = {
+        "uid": collection.uid,
+        "tenant": tenant,
+        "name": name,
+        "dim": collection.dim,
+        "metric": collection.metric.value,
+        "schema": json.dumps({attribute: kind.value for attribute, kind in collection.schema.items()}),
+        "model": collection.model,
+        "slots": collection.slots,
+        "shards": collection.shards,
+        "replicas": collection.replicas,
+        "index": collection.index,
+        "max_staleness_ms": collection.max_staleness_ms,
+        "space": collection.space,
+        "databases": list(collection.databases),
+        "created_at_us": collection.created_at_us,
+    }
+    cursor = await connection.execute(bare_statement("create_collection"), values)
+    return await cursor.fetchone() is not None
+
+
+async def _registration(connection: Connection, uid: int) -> tuple[int, int] | None:
+    """Generation and time of the collection of that number, where there is one."""
+    cursor = await connection.execute(bare_statement("registration"), {"uid": uid})
+    row = await cursor.fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+async def _create_tables(connection: Connection, collection: Collection, claim: Claim) -> None:
+    uid = collection.uid
+    await connection.execute(bare_statement("create_counter"), {"uid": uid, "claim": claim.id})
+    await connection.execute(statement("create_tables", uid, collection.generation))
+    for part in range(PARTITIONS):
+        await connection.execute(statement("create_partition", uid, part=part))
+
+
+async def _drop(connection: Connection, uid: int, generation: int) -> tuple[int, list[str]]:
+    """Forget a collection; its time and its databases."""
+    await connection.execute(statement("drop_tables", uid, generation))
+    await connection.execute(bare_statement("drop_recent_writes"), {"uid": uid})
+    cursor = await connection.execute(bare_statement("drop_registration"), {"uid": uid})
+    row = await cursor.fetchone()
+    assert row is not None, "it was found a moment ago, and the registry is locked"
+    return row[0], row[1]
+
+
+async def _leave_over(connection: Connection, uid: int, created_at_us: int, partitions: list[str]) -> None:
+    values = {"uid": uid, "created_at_us": created_at_us, "partitions": partitions}
+    await connection.execute(bare_statement("leave_over"), values)

@@ -1,7 +1,10 @@
 """The shard map of every collection, and its changes: each a compare-and-set on the epoch."""
 
+from collections.abc import Callable, Sequence
+
 from services.metadata.database import Connection, Database
 from services.metadata.ownership import REGAIN_WAIT_S, Ownership
+from services.metadata.partition import Partition
 from services.metadata.statements import bare_statement
 from shard_router.errors import NotFound, StorageUnavailable
 from shard_router.model import Collection
@@ -13,9 +16,16 @@ _PHASES: dict[type[MapState], str] = {Steady: "steady", Migrating: "migrating", 
 class ShardMaps:
     """Stored map states. Every method raises NotFound (the collection is gone) and what the store raises."""
 
-    def __init__(self, database: Database, ownership: Ownership) -> None:
+    def __init__(
+        self,
+        database: Database,
+        ownership: Ownership,
+        partitions: Callable[[Collection], Sequence[Partition]] = lambda _: (),
+    ) -> None:
+        """partitions: the further databases that a collection's documents lie in."""
         self._database = database
         self._ownership = ownership
+        self._partitions = partitions
 
     async def get(self, collection: Collection) -> MapState:
         """The state that is stored; the collection's first map where it never changed."""
@@ -25,7 +35,8 @@ class ShardMaps:
     async def put(self, collection: Collection, state: MapState) -> MapState:
         """Store a state if the one of one epoch less is stored; returns what is stored then, this one or not.
 
-        It takes effect between two writes: those after it tell its epoch in their commits.
+        It takes effect between two writes: those after it tell its epoch in their commits. In partitions it
+        does so when this returns; where one is away this raises, and may be asked again.
         """
         claim = await self._ownership.require(REGAIN_WAIT_S)
         values = {
@@ -42,8 +53,12 @@ class ShardMaps:
                 stored = await _read(connection, collection)
                 if stored.epoch == state.epoch - 1:
                     raise StorageUnavailable("the claim to the database is no longer held")
-                return stored
-            await connection.execute(bare_statement("put_shard_map"), values)
+                if stored != state:
+                    return stored
+            else:
+                await connection.execute(bare_statement("put_shard_map"), values)
+        for partition in self._partitions(collection):
+            await _follow(partition, collection, state.epoch)
         return state
 
     async def set_replicas(self, collection: Collection, replicas: int) -> None:
@@ -53,6 +68,18 @@ class ShardMaps:
             await connection.execute(
                 bare_statement("set_replicas"), {"uid": collection.uid, "replicas": replicas}
             )
+
+
+async def _follow(partition: Partition, collection: Collection, epoch: int) -> None:
+    with partition.named():
+        claim = await partition.ownership.require(REGAIN_WAIT_S)
+        values = {"uid": collection.uid, "claim": claim.id, "epoch": epoch}
+        async with partition.database.connection() as connection:
+            cursor = await connection.execute(bare_statement("follow_epoch"), values)
+            if await cursor.fetchone() is None:
+                raise StorageUnavailable(
+                    "the claim to it is no longer held, or it has nothing of the collection"
+                )
 
 
 async def _read(connection: Connection, collection: Collection) -> MapState:

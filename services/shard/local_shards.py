@@ -10,12 +10,12 @@ from pathlib import Path
 from services.shard.file_work import CHILD_ROWS
 from services.shard.replica import Replica, Tail
 from shard_router.errors import UnknownLog
-from shard_router.model import Collection
+from shard_router.model import HOME, Collection
 
 log = logging.getLogger(__name__)
 
-#: Reads a collection's log for one reader.
-Follow = Callable[[Collection], Tail]
+#: Reads a collection's log in a database for one reader.
+Follow = Callable[[Collection, str], Tail]
 
 
 class LocalShards:
@@ -48,6 +48,7 @@ class LocalShards:
         shard: int,
         replica: int,
         *,
+        database: str = HOME,
         slots: Sequence[int],
         epoch: int,
         log_id: str,
@@ -56,14 +57,14 @@ class LocalShards:
 
         Made of its files, or of nothing but the log where those cannot follow it any more.
         """
-        directory = self._folder(collection) / folder_of(shard, replica)
+        directory = self._folder(collection) / folder_of(shard, replica, database)
 
         async def opened() -> Replica:
             return await Replica.open(
                 collection,
                 directory=directory,
                 log_id=log_id,
-                tail=self._follow(collection),
+                tail=self._follow(collection, database),
                 slots=slots,
                 epoch=epoch,
                 search_threads=self._search_threads,
@@ -81,9 +82,9 @@ class LocalShards:
             await _remove(directory)
             return await opened()
 
-    async def forget(self, collection: Collection, shard: int, replica: int) -> None:
+    async def forget(self, collection: Collection, shard: int, replica: int, *, database: str = HOME) -> None:
         """Remove the files of a closed replica that will not be opened again."""
-        await _remove(self._folder(collection) / folder_of(shard, replica))
+        await _remove(self._folder(collection) / folder_of(shard, replica, database))
 
     async def forget_all(self, collection: Collection) -> None:
         """Remove every file of a collection that is gone."""
@@ -107,9 +108,10 @@ def _name(uid: int, generation: int) -> str:
     return f"{uid}-{generation}"
 
 
-def folder_of(shard: int, replica: int) -> str:
-    """The directory of one copy of a shard, within its collection's."""
-    return f"shard-{shard}" if replica == 0 else f"shard-{shard}-{replica}"
+def folder_of(shard: int, replica: int, database: str = HOME) -> str:
+    """The directory of one copy of a shard, as far as it follows one database, within its collection's."""
+    copy = f"shard-{shard}" if replica == 0 else f"shard-{shard}-{replica}"
+    return copy if database == HOME else f"{copy}.{database}"
 
 
 async def _remove(path: Path) -> None:

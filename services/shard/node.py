@@ -53,8 +53,9 @@ class ShardNode:
                     await _serve(held.replica, request.epoch, slots)
             if held.replica is None:
                 held.replica = await self._shards.open(
-                    collection, id.shard, id.replica, slots=slots, epoch=request.epoch, log_id=request.log_id
-                )
+                    collection, id.shard, id.replica, database=id.database,
+                    slots=slots, epoch=request.epoch, log_id=request.log_id,
+                )  # fmt: skip
                 held.collection, held.log_id = collection, request.log_id
                 log.info("replica opened collection=%s shard=%d", collection.name, id.shard)
             return parcels.state_of(held.replica)
@@ -155,7 +156,7 @@ class ShardNode:
             id = ReplicaId.of(request.replica)
             if (held := self._held.get(id)) is not None and held.collection is not None:
                 await self._forget(id, held)
-                await self._shards.forget(held.collection, id.shard, id.replica)
+                await self._shards.forget(held.collection, id.shard, id.replica, database=id.database)
             return internal.ForgetResponse()
         known = {(key.collection, key.generation) for key in request.all_but.known}
         for id, held in list(self._held.items()):

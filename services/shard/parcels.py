@@ -14,7 +14,7 @@ from services.shard.rendering import RenderedHits, RenderedRow
 from services.shard.replica import Replica, ShardAnswer
 from shard_router import filters
 from shard_router.filters import Filter
-from shard_router.model import Collection, Include, LogDelta, LogRow, Version
+from shard_router.model import HOME, Collection, Include, LogDelta, LogRow, Version
 
 #: Texts of filters whose parsed forms are kept.
 _FILTERS_KEPT = 1_024
@@ -44,17 +44,22 @@ class ReplicaId(NamedTuple):
     generation: int
     shard: int
     replica: int
+    database: str
 
     @classmethod
     def of(cls, key: internal.ReplicaKey) -> "ReplicaId":
         """As a message says it."""
-        return cls(key.collection, key.generation, key.shard, key.replica)
+        return cls(key.collection, key.generation, key.shard, key.replica, key.database or HOME)
 
 
-def key_of(collection: Collection, shard: int, replica: int) -> internal.ReplicaKey:
+def key_of(collection: Collection, shard: int, replica: int, database: str) -> internal.ReplicaKey:
     """Names a replica on its node."""
     return internal.ReplicaKey(
-        collection=collection.uid, generation=collection.generation, shard=shard, replica=replica
+        collection=collection.uid,
+        generation=collection.generation,
+        shard=shard,
+        replica=replica,
+        database=database,
     )
 
 

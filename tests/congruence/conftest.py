@@ -40,7 +40,7 @@ async def shards(tmp_path: Path, log: MemoryLog) -> AsyncIterator[LocalShards]:
     with ThreadPoolExecutor(2) as threads:
         yield LocalShards(
             tmp_path,
-            lambda _: lambda after, *slots: log.tail(after, *slots),
+            lambda *_: lambda after, *slots: log.tail(after, *slots),
             search_threads=threads,
             memtable_rows=8,
             graph_rows=50_000,

@@ -24,19 +24,31 @@ def question() -> bytes:
     return b"rf1:a:7:" + uuid.uuid4().bytes
 
 
+class Asked:
+    """A collection as far as answers look at it: one log, and how far that is known."""
+
+    def __init__(self, log_id: str, position: int, uid: int) -> None:
+        self.log_id, self.position = log_id, position
+        self.collection = SimpleNamespace(uid=uid)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        return {self.log_id: self.position}
+
+
 @dataclass
 class Gateway:
     """One gateway."""
 
     cache: CacheTier
     answers: Answers
-    served: SimpleNamespace
+    served: Asked
 
     @classmethod
     async def open(cls, redis_url: str, *, known: Known = known_here) -> "Gateway":
         cache = CacheTier(l1_bytes=1_000_000, redis_url=redis_url, op_timeout_ms=PATIENT_MS)
         await cache.open()
-        served = SimpleNamespace(log_id="log", position=5, collection=SimpleNamespace(uid=7))
+        served = Asked("log", 5, 7)
         return cls(cache, Answers(cache, ttl_s=60, known=known), served)
 
     async def close(self) -> None:
@@ -46,7 +58,7 @@ class Gateway:
     def computed(self, body: bytes, position: int | None = None) -> Computed:
         """An answer that includes the position, or all that is known."""
         includes = self.served.position if position is None else position
-        return Computed(body, includes, int(time.time() * 1000), True, pb.Timings())
+        return Computed(body, {self.served.log_id: includes}, int(time.time() * 1000), True, pb.Timings())
 
     async def ask(
         self,
@@ -58,10 +70,10 @@ class Gateway:
     ) -> Cached | Computed:
         """As the read paths do."""
         asked = Question(lambda served: name, lambda served, deadline: compute(self), 0.0)
-        found = await self.answers.get(self.served, name, asked, 0, max_staleness_ms)
+        found = await self.answers.get(self.served, name, asked, {}, max_staleness_ms)
         if found is not None:
             return found
-        return await self.answers.once(self.served, name, asked, 0, Deadline.after(timeout_s))
+        return await self.answers.once(self.served, name, asked, {}, Deadline.after(timeout_s))
 
     async def ask_many(
         self,
@@ -71,13 +83,13 @@ class Gateway:
         timeout_s: float = 60.0,
     ) -> list[Cached | Computed]:
         """As BatchSearch does."""
-        found = await self.answers.get_many(self.served, names, 0, 0)
+        found = await self.answers.get_many(self.served, names, {}, 0)
         missing = [name for name, each in zip(names, found, strict=True) if each is None]
         made = await self.answers.once_many(
             self.served,
             missing,
             lambda places: compute(self, [missing[place] for place in places]),
-            0,
+            {},
             Deadline.after(timeout_s),
         )
         rest = dict(zip(missing, made, strict=True))

@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
-from stampede import Gateway, question
+from stampede import Asked, Gateway, question
 
 from services.cache.watermark import Watermark
 from services.gateway.answers import Cached, Computed
@@ -44,7 +43,7 @@ class Leased:
         self.watermark = Watermark(LEASE_S)
         self.watermark.renewed(0.0, {"log": 5})
 
-    def known(self, served: SimpleNamespace):
+    def known(self, served: Asked):
         known = self.watermark.known(self.clock.now_s)
         return known if known is not None and served.log_id in known else None
 
@@ -172,7 +171,7 @@ async def test_an_answer_of_another_log_is_never_served(two):
     # Restored from a backup: positions begin again at 5, and pass 50 in the end.
     for gateway, mark in ((one, watermark), (other, others)):
         mark.renewed(1.0, {"restored": 5})
-        gateway.served = SimpleNamespace(log_id="restored", position=5, collection=gateway.served.collection)
+        gateway.served = Asked("restored", 5, 7)
     search.latest = 5
     for gateway in (one, other):
         assert (await gateway.ask(asked, search)).body == b"5"

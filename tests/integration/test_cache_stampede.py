@@ -225,7 +225,7 @@ async def test_what_may_not_be_kept_is_computed_by_each_and_held_up_by_none(two)
     # Given back, and not only run out.
     for gateway in two:
         await gateway.cache.leases.close()
-    names = [lease_key(name, two[0].served.position) for name in asked]
+    names = [lease_key(name, two[0].served.positions) for name in asked]
     assert await two[0].cache.leases._take(names, b"token") == [True] * 20
 
 
@@ -270,7 +270,7 @@ async def test_a_lease_held_for_ever_delays_others_by_half_their_time_at_most(tw
     computing, asked = Computing(), question()
     computing.go.set()
     one, other = two
-    name = lease_key(asked, one.served.position)
+    name = lease_key(asked, one.served.positions)
     await one.cache._redis.run(name, "SET", name, b"somebody else's", "PX", 60_000)
     assert (await other.ask(asked, computing, timeout_s=1.0)).body == b"answer 1"
 

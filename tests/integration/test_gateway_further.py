@@ -37,7 +37,7 @@ from services.peers import Port
 from services.shard.local_shards import LocalShards
 from services.shard.node import ShardNode
 from shard_router.errors import NotFound, StorageUnavailable, Unavailable
-from shard_router.model import Include, Metric
+from shard_router.model import HOME, Include, Metric
 
 DIM, TOKEN = 4, "only-here"
 #: Short, so that tests can wait for its end.
@@ -46,27 +46,41 @@ NODE = shard_node_pb2.DESCRIPTOR.services_by_name["ShardNode"]
 SIBLINGS = siblings_pb2.DESCRIPTOR.services_by_name["Siblings"]
 
 
-@pytest.fixture
-def database_url(postgres_url: str) -> Iterator[str]:
-    name = f"further_{uuid4().hex}"
+@pytest.fixture(params=[1, 2], ids=["one database", "two"])
+def urls(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[dict[str, str]]:
+    """The home and, the second time, another database by its side."""
+    names = {name: f"further_{uuid4().hex}" for name in (HOME, "east")[: request.param]}
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-        yield make_conninfo(postgres_url, dbname=name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+        for each in names.values():
+            connection.execute(f"CREATE DATABASE {each}".encode())
+        yield {name: make_conninfo(postgres_url, dbname=each) for name, each in names.items()}
+        for each in names.values():
+            connection.execute(f"DROP DATABASE {each} WITH (FORCE)".encode())
+
+
+async def borrow(urls: dict[str, str], claims: dict[str, BorrowedClaim]) -> Store:
+    """The store for who was told these claims."""
+    partitions = {name: (url, claims[name]) for name, url in urls.items() if name != HOME}
+    return await Store.borrow(urls[HOME], claims[HOME], partitions=partitions, pool_size=4)
+
+
+def told_by(head: Store, claims: dict[str, BorrowedClaim]) -> dict[str, BorrowedClaim]:
+    """The claims, as the head holds them now."""
+    for name, claim in {HOME: head.claim, **head.claims}.items():
+        claims.setdefault(name, BorrowedClaim()).tell(claim)
+    return claims
 
 
 class Node:
     """A process that holds copies, but for being one."""
 
-    def __init__(self, name: str, directory: Path, url: str, head: Store) -> None:
-        self.name, self._directory, self._url, self._head = name, directory, url, head
+    def __init__(self, name: str, directory: Path, urls: dict[str, str], head: Store) -> None:
+        self.name, self._directory, self._urls, self._head = name, directory, urls, head
         self.address = ""
 
     async def start(self) -> None:
         self._stack = AsyncExitStack()
-        claim = BorrowedClaim()
-        claim.tell(self._head.claim)
-        store = await Store.borrow(self._url, claim, pool_size=4)
+        store = await borrow(self._urls, told_by(self._head, {}))
         self._stack.push_async_callback(store.close)
         threads = self._stack.enter_context(ThreadPoolExecutor(1))
         shards = LocalShards(
@@ -87,17 +101,18 @@ class Node:
 class House:
     """A head with its gateway, two nodes, and a further gateway `mirror`."""
 
-    def __init__(self, url: str, directory: Path) -> None:
-        self._url, self._directory = url, directory
+    def __init__(self, urls: dict[str, str], directory: Path) -> None:
+        self._urls, self._directory = urls, directory
         self.stack = AsyncExitStack()
         self.learnt = 0
         #: What the further gateway's clock is ahead of the head's.
         self.ahead_s = 0.0
 
     async def start(self) -> None:
-        self.store = await Store.open(self._url)
+        partitions = {name: url for name, url in self._urls.items() if name != HOME}
+        self.store = await Store.open(self._urls[HOME], partitions=partitions)
         self.stack.push_async_callback(self.store.close)
-        self.nodes = [Node(f"node-{i}", self._directory, self._url, self.store) for i in range(2)]
+        self.nodes = [Node(f"node-{i}", self._directory, self._urls, self.store) for i in range(2)]
         for node in self.nodes:
             await node.start()
             self.stack.push_async_callback(node.stop)
@@ -130,9 +145,8 @@ class House:
 
     async def join(self) -> None:
         """A further gateway; one that was there before is not this one."""
-        self.claim = BorrowedClaim()
-        self.claim.tell(self.store.claim)
-        borrowed = await Store.borrow(self._url, self.claim, pool_size=4)
+        self.claims = told_by(self.store, {})
+        borrowed = await borrow(self._urls, self.claims)
         self.stack.push_async_callback(borrowed.close)
         self.following = Following(
             self.address, TOKEN, borrowed, clock=lambda: time.monotonic() + self.ahead_s, lease_s=LEASE_S
@@ -173,8 +187,8 @@ class House:
 
 
 @pytest.fixture
-async def house(database_url: str, tmp_path: Path) -> AsyncIterator[House]:
-    house = House(database_url, tmp_path)
+async def house(urls: dict[str, str], tmp_path: Path) -> AsyncIterator[House]:
+    house = House(urls, tmp_path)
     async with house.stack:
         await house.start()
         yield house
@@ -211,11 +225,11 @@ async def test_what_is_created_at_the_head_is_written_and_found_anywhere_at_once
     written = await house.mirror_ingest.upsert(request("a", "b"), "default", Deadline.after(20))
     assert written.visible
     assert await found(served) == await found(mirrored) == {"a", "b"}
-    assert house.following.known(mirrored) == {served.log_id: served.position}
+    assert house.following.known(mirrored) == served.positions
     written = await house.ingest.upsert(request("c"), "default", Deadline.after(20))
     assert written.visible
     assert await found(mirrored) == {"a", "b", "c"}
-    assert house.following.known(mirrored) == {served.log_id: written.token.positions[served.log_id]}
+    assert house.following.known(mirrored) == served.positions
 
 
 async def test_what_was_there_before_is_there_for_who_comes(house: House) -> None:
@@ -260,7 +274,7 @@ async def test_who_does_not_hear_the_head_searches_and_delays_a_write_by_no_more
     assert house.following.known(mirrored) is None
     assert await found(mirrored) == await found(served) == {"a"}
     await house.speak()
-    await until(lambda: house.following.known(mirrored) == {served.log_id: served.position})
+    await until(lambda: house.following.known(mirrored) == served.positions)
 
 
 async def test_who_has_no_lease_reads_where_the_log_stands_before_it_searches(
@@ -274,11 +288,11 @@ async def test_who_has_no_lease_reads_where_the_log_stands_before_it_searches(
     assert written.token.positions
     assert await found(mirrored) == {"a"}
 
-    async def away(*_: object) -> int:
+    async def away(*_: object) -> dict[str, int]:
         raise StorageUnavailable("away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(house.mirror.store, "position", away)
+        patched.setattr(house.mirror.store, "positions", away)
         with pytest.raises(StorageUnavailable):
             await found(mirrored)
         await house.speak()
@@ -302,12 +316,13 @@ async def test_a_write_by_a_claim_that_is_no_longer_held_is_refused_until_the_ne
     house: House,
 ) -> None:
     await house.create("notes")
-    house.store._ownership.doubt("the test says so")  # it is taken again, and is another one then
-    former = house.claim.claim
-    await until(lambda: house.store.claim != former)
+    former = {name: claim.claim for name, claim in house.claims.items()}
+    for each in house.store._all.values():
+        each.ownership.doubt("the test says so")  # it is taken again, and is another one then
+    await until(lambda: not {HOME: house.store.claim, **house.store.claims}.items() & former.items())
     with pytest.raises(StorageUnavailable):
         await house.mirror_ingest.upsert(request("a"), "default", Deadline.after(5))
-    house.claim.tell(house.store.claim)
+    told_by(house.store, house.claims)
     written = await house.mirror_ingest.upsert(request("a"), "default", Deadline.after(20))
     assert written.visible
 
@@ -316,7 +331,7 @@ async def test_a_copy_that_falls_and_comes_back_is_asked_again_everywhere(house:
     served = await house.create("notes", replicas=2)
     await house.ingest.upsert(request("a"), "default", Deadline.after(20))
     mirrored = house.mirror.resolve("default", "notes")
-    assert sum(1 for _ in mirrored.copies()) == 4
+    assert sum(1 for _ in mirrored.copies()) == 4 * len(mirrored.logs)
     node = house.nodes[0]
     await node.stop()
     for shards in (house.shards, house.mirror_shards):
@@ -328,7 +343,9 @@ async def test_a_copy_that_falls_and_comes_back_is_asked_again_everywhere(house:
     for shards in (house.shards, house.mirror_shards):
         shards.move(node.name, node.address)
     house.catalog.hurry()
-    await until(lambda: sum(not each.fell.is_set() for _, each in mirrored.copies()) == 4, 40)
+    await until(
+        lambda: sum(not each.fell.is_set() for _, each in mirrored.copies()) == 4 * len(mirrored.logs), 40
+    )
     written = await house.ingest.upsert(request("c"), "default", Deadline.after(20))
     assert written.visible
     for _ in range(8):

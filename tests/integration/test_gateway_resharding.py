@@ -27,7 +27,7 @@ from services.metadata.store import Store
 from services.shard.local_shards import LocalShards
 from services.shard.replica import Replica
 from shard_router.errors import NotFound, PreconditionFailed
-from shard_router.model import Include, Metric
+from shard_router.model import HOME, Include, Metric
 from shard_router.resharding import Event, Instruction
 from shard_router.shard_map import Migrating, Retiring, Steady
 
@@ -36,13 +36,16 @@ DIM, SLOTS = 8, 16
 PATIENCE_S = 60.0
 
 
-@pytest.fixture
-def database_url(postgres_url: str) -> Iterator[str]:
-    name = f"resharding_{uuid4().hex}"
+@pytest.fixture(params=[1, 2], ids=["one database", "two"])
+def urls(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[dict[str, str]]:
+    """The home and, the second time, another database by its side."""
+    names = {name: f"resharding_{uuid4().hex}" for name in (HOME, "east")[: request.param]}
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-        yield make_conninfo(postgres_url, dbname=name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+        for each in names.values():
+            connection.execute(f"CREATE DATABASE {each}".encode())
+        yield {name: make_conninfo(postgres_url, dbname=each) for name, each in names.items()}
+        for each in names.values():
+            connection.execute(f"DROP DATABASE {each} WITH (FORCE)".encode())
 
 
 class Service:
@@ -97,9 +100,10 @@ class Service:
 
 
 @asynccontextmanager
-async def service(url: str, directory: Path) -> AsyncIterator[Service]:
+async def service(urls: dict[str, str], directory: Path) -> AsyncIterator[Service]:
     async with AsyncExitStack() as stack:
-        store = await Store.open(url)
+        partitions = {name: url for name, url in urls.items() if name != HOME}
+        store = await Store.open(urls[HOME], partitions=partitions)
         stack.push_async_callback(store.close)
         threads = stack.enter_context(ThreadPoolExecutor(1))
         shards = LocalShards(
@@ -187,8 +191,8 @@ class Load:
         assert await self._service.count() == len(self.there)
 
 
-async def test_shards_and_replicas_come_and_go_under_load(database_url: str, tmp_path: Path) -> None:
-    async with service(database_url, tmp_path) as running:
+async def test_shards_and_replicas_come_and_go_under_load(urls: dict[str, str], tmp_path: Path) -> None:
+    async with service(urls, tmp_path) as running:
         await create(running)
         await running.upsert({f"old{i}": np.random.default_rng(i).standard_normal(DIM) for i in range(500)})
         load = Load(running, 1)
@@ -203,24 +207,25 @@ async def test_shards_and_replicas_come_and_go_under_load(database_url: str, tmp
             assert await running.ended(await resharder.drain_shard(served, 0)) is JobState.SUCCEEDED
             assert served.state.shards == (1, 2)
             assert await running.ended(await resharder.set_replicas(served, 1)) is JobState.SUCCEEDED
-            assert len(list(served.copies())) == 2
+            assert len(list(served.copies())) == 2 * len(urls)
 
         await load.during(change)
         for _, replica in served.copies():
             replica.validate_state()
         assert served.state.epoch == 7
-        assert {path.name for path in tmp_path.glob("*/*")} == {"shard-1", "shard-2"}  # noqa: ASYNC240
+        kept = {f"shard-{shard}{of}" for shard in (1, 2) for of in ("", ".east")[: len(urls)]}
+        assert {path.name for path in tmp_path.glob("*/*")} == kept  # noqa: ASYNC240
 
 
-async def test_what_was_moved_is_there_after_a_restart(database_url: str, tmp_path: Path) -> None:
-    async with service(database_url, tmp_path) as running:
+async def test_what_was_moved_is_there_after_a_restart(urls: dict[str, str], tmp_path: Path) -> None:
+    async with service(urls, tmp_path) as running:
         await create(running)
         await running.upsert({f"d{i}": np.random.default_rng(i).standard_normal(DIM) for i in range(300)})
         await running.ended(await running.resharder.add_shard(running.served))
         await running.ended(await running.resharder.drain_shard(running.served, 1))
         await running.delete("d0")
         state = running.served.state
-    async with service(database_url, tmp_path) as again:
+    async with service(urls, tmp_path) as again:
         assert again.served.state == state
         assert (await again.all_hits()).keys() == {f"d{i}" for i in range(1, 300)}
         await again.upsert({"d0": np.ones(DIM)})
@@ -229,10 +234,10 @@ async def test_what_was_moved_is_there_after_a_restart(database_url: str, tmp_pa
 
 @pytest.mark.parametrize("adds", [True, False], ids=["add", "drain"])
 async def test_a_service_that_stops_at_any_step_goes_on_from_there(
-    database_url: str, tmp_path: Path, adds: bool, monkeypatch: pytest.MonkeyPatch
+    urls: dict[str, str], tmp_path: Path, adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {f"d{i}" for i in range(200)}
-    async with service(database_url, tmp_path) as running:
+    async with service(urls, tmp_path) as running:
         await create(running, shards=3)
         await running.upsert({id: np.random.default_rng(1).standard_normal(DIM) for id in expected})
     do, left, stopped = _Change._do, 0, asyncio.Event()
@@ -251,7 +256,7 @@ async def test_a_service_that_stops_at_any_step_goes_on_from_there(
     for steps in range(30):
         left = steps
         stopped.clear()
-        async with service(database_url, tmp_path) as running:
+        async with service(urls, tmp_path) as running:
             served = running.served
             states.append(type(served.state))
             jobs = await running.resharder.jobs([served])
@@ -277,7 +282,7 @@ async def test_a_service_that_stops_at_any_step_goes_on_from_there(
 
 
 async def test_a_change_can_be_cancelled_until_the_new_owners_answer(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, go_on = asyncio.Event(), asyncio.Event()
     backfill = Replica.backfill
@@ -288,7 +293,7 @@ async def test_a_change_can_be_cancelled_until_the_new_owners_answer(
             await go_on.wait()
         await backfill(self, slots)
 
-    async with service(database_url, tmp_path) as running:
+    async with service(urls, tmp_path) as running:
         await create(running)
         served, resharder = running.served, running.resharder
         await running.upsert({f"d{i}": np.ones(DIM) for i in range(50)})
@@ -314,26 +319,26 @@ async def test_a_change_can_be_cancelled_until_the_new_owners_answer(
         assert len(await running.all_hits()) == 50
 
 
-async def test_a_copy_that_is_down_is_not_asked_and_comes_back(database_url: str, tmp_path: Path) -> None:
-    async with service(database_url, tmp_path) as running:
+async def test_a_copy_that_is_down_is_not_asked_and_comes_back(urls: dict[str, str], tmp_path: Path) -> None:
+    async with service(urls, tmp_path) as running:
         await create(running, replicas=2)
         served = running.served
         await running.upsert({f"d{i}": np.ones(DIM) for i in range(50)})
         for number in range(2):
-            fallen = served.replicas[0][number]
+            fallen = served.logs[HOME].replicas[0][number]
             fallen._follower.fall("a test")
             # Neither do searches miss anything, nor do writes wait for it.
             assert len(await running.all_hits()) == 50 + number
             await running.upsert({f"new{number}": np.ones(DIM)})
             async with asyncio.timeout(PATIENCE_S):
-                while served.replicas[0].get(number) in (None, fallen):
+                while served.logs[HOME].replicas[0].get(number) in (None, fallen):
                     assert len(await running.all_hits()) == 51 + number
                     await asyncio.sleep(0.01)
         assert await running.count() == 52
 
 
-async def test_a_collection_can_go_while_its_shards_change(database_url: str, tmp_path: Path) -> None:
-    async with service(database_url, tmp_path) as running:
+async def test_a_collection_can_go_while_its_shards_change(urls: dict[str, str], tmp_path: Path) -> None:
+    async with service(urls, tmp_path) as running:
         for _ in range(5):
             await create(running)
             await running.upsert({f"d{i}": np.ones(DIM) for i in range(50)})

@@ -18,7 +18,7 @@ from services.gateway.catalog import Catalog, Served
 from services.gateway.ingest import Ingest
 from services.metadata.store import Store
 from services.shard.local_shards import LocalShards
-from shard_router.model import Metric
+from shard_router.model import HOME, Metric
 
 DIM = 4
 
@@ -76,7 +76,7 @@ async def test_a_shard_that_lags_behind_delays_visible_and_fails_nothing(
     ingest = Ingest(catalog, None, Limits())  # type: ignore[arg-type]  # nothing is embedded
     prompt = await ingest.upsert(request("a"), "default", Deadline.after(10))
     assert prompt.visible
-    lagging = served.replicas[1][0]
+    lagging = served.logs[HOME].replicas[1][0]
     # It gets nothing pushed, and finds the log locked.
     monkeypatch.setattr(lagging, "offer", lambda delta: False)
     async with await psycopg.AsyncConnection.connect(database_url) as reader:
@@ -89,7 +89,7 @@ async def test_a_shard_that_lags_behind_delays_visible_and_fails_nothing(
         durable.wait = pb.DURABLE
         assert not (await ingest.upsert(durable, "default", Deadline.after(10))).visible
     # The log can be read again, and the shard arrives by itself.
-    assert await served.wait_for(5, Deadline.after(10))
+    assert await served.wait_for({catalog.store.log_id: 5}, Deadline.after(10))
     again = await ingest.upsert(request("f"), "default", Deadline.after(10))
     assert again.visible
     await ingest.close()

@@ -10,6 +10,7 @@ from replica import LEASE_S, Replica
 
 from services.shard.holdings import Holdings
 from shard_router.leases import GrantedLeases, HeldLease
+from shard_router.model import HOME
 from shard_router.resharding import Event, Heard, Instruction, PositionRead, Resharding, Tell
 from shard_router.shard_map import Migrating, Retiring
 
@@ -36,7 +37,7 @@ def waits_for_no_position(patched: pytest.MonkeyPatch) -> None:
     handle = Resharding.handle
 
     def hasty(self: Resharding, event: Event) -> list[Instruction]:
-        return handle(self, PositionRead(0) if isinstance(event, PositionRead) else event)
+        return handle(self, PositionRead({HOME: 0}) if isinstance(event, PositionRead) else event)
 
     patched.setattr(Resharding, "handle", hasty)
 

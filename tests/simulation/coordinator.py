@@ -11,6 +11,7 @@ from replica import LEASE_S
 
 from shard_router.errors import PreconditionFailed, Unavailable
 from shard_router.leases import GrantedLeases
+from shard_router.model import HOME
 from shard_router.resharding import (
     Applied,
     AwaitApplied,
@@ -145,7 +146,8 @@ class Coordinator(Process):
                 replica = self._cluster.replicas[copy]
                 return await self._ask_copy(copy, lambda: replica.backfill(slots), lambda _: Backfilled(copy))
             case ReadPosition():
-                return PositionRead(await self._insist(lambda: database.position_to_pass(self.claim)))
+                position = await self._insist(lambda: database.position_to_pass(self.claim))
+                return PositionRead({HOME: position})
             case AwaitApplied(copy, position):
                 replica = self._cluster.replicas[copy]
                 return await self._ask_copy(

@@ -142,7 +142,7 @@ class Gateway:
         return self.world.now_s * self._speed
 
     def _serve(self, log_id: str) -> SimpleNamespace:
-        return SimpleNamespace(log_id=log_id, collection=SimpleNamespace(uid=1))
+        return SimpleNamespace(log_id=log_id, positions={log_id: 0}, collection=SimpleNamespace(uid=1))
 
     def _known(self, served: SimpleNamespace) -> Mapping[str, int] | None:
         known = self.watermark.known(self.now_s())
@@ -167,9 +167,9 @@ class Gateway:
             return await self._search(served, question)
 
         asked = Question(lambda served: name, compute, 0.0)
-        found: Cached | Computed | None = await self.answers.get(served, name, asked, 0, 0)
+        found: Cached | Computed | None = await self.answers.get(served, name, asked, {}, 0)
         if found is None:
-            found = await self.answers.once(served, name, asked, 0, Deadline.after(60))
+            found = await self.answers.once(served, name, asked, {}, Deadline.after(60))
         await self.world.step(self.number)
         return int(found.body)
 
@@ -188,7 +188,9 @@ class Gateway:
         await stand()
         if self.reads_position_after_search:
             position = self.truth.position
-        made = Computed(b"%d" % latest, position, int(time.time() * 1000), True, pb.Timings())
+        made = Computed(
+            b"%d" % latest, {served.log_id: position}, int(time.time() * 1000), True, pb.Timings()
+        )
         await stand()
         return made
 

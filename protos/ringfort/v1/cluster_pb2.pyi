@@ -125,6 +125,7 @@ class Replica(_message.Message):
     SEGMENT_STATUS_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     replica: _builtins.int
     endpoint: _builtins.str
@@ -142,7 +143,9 @@ class Replica(_message.Message):
     detail: _builtins.str
     """What a state other than serving means here."""
     slots: _builtins.int
-    """How many slots its shard answers for."""
+    """How many slots its shard answers for, of those in its database."""
+    database: _builtins.str
+    """Whose log it follows; a copy of a shard is one of these for each database of the collection."""
     @_builtins.property
     def segment_status(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentStatus]:
         """Oldest first."""
@@ -162,14 +165,48 @@ class Replica(_message.Message):
         segment_status: _abc.Iterable[Global___SegmentStatus] | None = ...,
         detail: _builtins.str = ...,
         slots: _builtins.int = ...,
+        database: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "documents", b"documents", "endpoint", b"endpoint", "memtable_rows", b"memtable_rows", "pending_rows", b"pending_rows", "position", b"position", "replica", b"replica", "segment_status", b"segment_status", "segments", b"segments", "shard", b"shard", "slots", b"slots", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "detail", b"detail", "documents", b"documents", "endpoint", b"endpoint", "memtable_rows", b"memtable_rows", "pending_rows", b"pending_rows", "position", b"position", "replica", b"replica", "segment_status", b"segment_status", "segments", b"segments", "shard", b"shard", "slots", b"slots", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class LogStatus(_message.Message):
+    """What a collection has in one database."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATABASE_FIELD_NUMBER: _builtins.int
+    LOG_ID_FIELD_NUMBER: _builtins.int
+    WATERMARK_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    database: _builtins.str
+    log_id: _builtins.str
+    """Empty while the database is away and was never there since the start."""
+    watermark: _builtins.int
+    """The log's counter: replicas at this position have applied every write."""
+    slots: _builtins.int
+    """How many slots' documents lie there."""
+    def __init__(
+        self,
+        *,
+        database: _builtins.str = ...,
+        log_id: _builtins.str = ...,
+        watermark: _builtins.int = ...,
+        slots: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "log_id", b"log_id", "slots", b"slots", "watermark", b"watermark"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogStatus: _TypeAlias = LogStatus  # noqa: Y015
 
 @_typing.final
 class CollectionStatus(_message.Message):
@@ -182,17 +219,22 @@ class CollectionStatus(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     SHARD_MAP_FIELD_NUMBER: _builtins.int
     MOVING_SLOTS_FIELD_NUMBER: _builtins.int
+    LOGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     generation: _builtins.int
     epoch: _builtins.int
     watermark: _builtins.int
-    """The log's counter: replicas at this position have applied every write."""
+    """The logs' counters added up; where there is one, replicas at this position have applied every write."""
     shard_map: _builtins.str
     """steady; migrating (slots are being copied to new owners, the old ones answer); retiring (the new ones answer)."""
     moving_slots: _builtins.int
     """Slots that are changing owners."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
+    @_builtins.property
+    def logs(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogStatus]:
+        """One for each database."""
+
     def __init__(
         self,
         *,
@@ -203,10 +245,11 @@ class CollectionStatus(_message.Message):
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         shard_map: _builtins.str = ...,
         moving_slots: _builtins.int = ...,
+        logs: _abc.Iterable[Global___LogStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "moving_slots", b"moving_slots", "name", b"name", "replicas", b"replicas", "shard_map", b"shard_map", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "logs", b"logs", "moving_slots", b"moving_slots", "name", b"name", "replicas", b"replicas", "shard_map", b"shard_map", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

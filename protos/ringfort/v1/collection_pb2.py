@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from protos.ringfort.v1 import common_pb2 as protos_dot_ringfort_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/ringfort/v1/collection.proto\x12\x0bringfort.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fprotos/ringfort/v1/common.proto\"\x19\n\tIndexSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\"\xf3\x02\n\x17\x43reateCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12#\n\x06metric\x18\x04 \x01(\x0e\x32\x13.ringfort.v1.Metric\x12H\n\nattributes\x18\x05 \x03(\x0b\x32\x34.ringfort.v1.CreateCollectionRequest.AttributesEntry\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x0e\n\x06shards\x18\x07 \x01(\r\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12%\n\x05index\x18\t \x01(\x0b\x32\x16.ringfort.v1.IndexSpec\x12\x18\n\x10max_staleness_ms\x18\n \x01(\r\x1aM\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0e\x32\x1a.ringfort.v1.AttributeType:\x02\x38\x01\"\xdd\x03\n\nCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12#\n\x06metric\x18\x04 \x01(\x0e\x32\x13.ringfort.v1.Metric\x12;\n\nattributes\x18\x05 \x03(\x0b\x32\'.ringfort.v1.Collection.AttributesEntry\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x0e\n\x06shards\x18\x07 \x01(\r\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12%\n\x05index\x18\t \x01(\x0b\x32\x16.ringfort.v1.IndexSpec\x12\x18\n\x10max_staleness_ms\x18\n \x01(\r\x12\x12\n\ngeneration\x18\x0b \x01(\r\x12\r\n\x05space\x18\x0c \x01(\t\x12\x0f\n\x07variant\x18\r \x01(\t\x12\r\n\x05\x65poch\x18\x0e \x01(\x04\x12\x0f\n\x07\x61liases\x18\x0f \x03(\t\x12.\n\ncreated_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1aM\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0e\x32\x1a.ringfort.v1.AttributeType:\x02\x38\x01\"$\n\x14GetCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16ListCollectionsRequest\"G\n\x17ListCollectionsResponse\x12,\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x17.ringfort.v1.Collection\"\'\n\x17\x44\x65leteCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCollectionResponse\"4\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x12\n\ncollection\x18\x02 \x01(\t\"\x12\n\x10SetAliasResponse2\x92\x03\n\x11\x43ollectionService\x12G\n\x06\x43reate\x12$.ringfort.v1.CreateCollectionRequest\x1a\x17.ringfort.v1.Collection\x12\x41\n\x03Get\x12!.ringfort.v1.GetCollectionRequest\x1a\x17.ringfort.v1.Collection\x12Q\n\x04List\x12#.ringfort.v1.ListCollectionsRequest\x1a$.ringfort.v1.ListCollectionsResponse\x12U\n\x06\x44\x65lete\x12$.ringfort.v1.DeleteCollectionRequest\x1a%.ringfort.v1.DeleteCollectionResponse\x12G\n\x08SetAlias\x12\x1c.ringfort.v1.SetAliasRequest\x1a\x1d.ringfort.v1.SetAliasResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/ringfort/v1/collection.proto\x12\x0bringfort.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fprotos/ringfort/v1/common.proto\"\x19\n\tIndexSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\"\xf3\x02\n\x17\x43reateCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12#\n\x06metric\x18\x04 \x01(\x0e\x32\x13.ringfort.v1.Metric\x12H\n\nattributes\x18\x05 \x03(\x0b\x32\x34.ringfort.v1.CreateCollectionRequest.AttributesEntry\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x0e\n\x06shards\x18\x07 \x01(\r\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12%\n\x05index\x18\t \x01(\x0b\x32\x16.ringfort.v1.IndexSpec\x12\x18\n\x10max_staleness_ms\x18\n \x01(\r\x1aM\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0e\x32\x1a.ringfort.v1.AttributeType:\x02\x38\x01\"\xf0\x03\n\nCollection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12#\n\x06metric\x18\x04 \x01(\x0e\x32\x13.ringfort.v1.Metric\x12;\n\nattributes\x18\x05 \x03(\x0b\x32\'.ringfort.v1.Collection.AttributesEntry\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x0e\n\x06shards\x18\x07 \x01(\r\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12%\n\x05index\x18\t \x01(\x0b\x32\x16.ringfort.v1.IndexSpec\x12\x18\n\x10max_staleness_ms\x18\n \x01(\r\x12\x12\n\ngeneration\x18\x0b \x01(\r\x12\r\n\x05space\x18\x0c \x01(\t\x12\x0f\n\x07variant\x18\r \x01(\t\x12\r\n\x05\x65poch\x18\x0e \x01(\x04\x12\x0f\n\x07\x61liases\x18\x0f \x03(\t\x12.\n\ncreated_at\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tdatabases\x18\x11 \x03(\t\x1aM\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0e\x32\x1a.ringfort.v1.AttributeType:\x02\x38\x01\"$\n\x14GetCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16ListCollectionsRequest\"G\n\x17ListCollectionsResponse\x12,\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x17.ringfort.v1.Collection\"\'\n\x17\x44\x65leteCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCollectionResponse\"4\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x12\n\ncollection\x18\x02 \x01(\t\"\x12\n\x10SetAliasResponse2\x92\x03\n\x11\x43ollectionService\x12G\n\x06\x43reate\x12$.ringfort.v1.CreateCollectionRequest\x1a\x17.ringfort.v1.Collection\x12\x41\n\x03Get\x12!.ringfort.v1.GetCollectionRequest\x1a\x17.ringfort.v1.Collection\x12Q\n\x04List\x12#.ringfort.v1.ListCollectionsRequest\x1a$.ringfort.v1.ListCollectionsResponse\x12U\n\x06\x44\x65lete\x12$.ringfort.v1.DeleteCollectionRequest\x1a%.ringfort.v1.DeleteCollectionResponse\x12G\n\x08SetAlias\x12\x1c.ringfort.v1.SetAliasRequest\x1a\x1d.ringfort.v1.SetAliasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,23 +44,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATECOLLECTIONREQUEST_ATTRIBUTESENTRY']._serialized_start=440
   _globals['_CREATECOLLECTIONREQUEST_ATTRIBUTESENTRY']._serialized_end=517
   _globals['_COLLECTION']._serialized_start=520
-  _globals['_COLLECTION']._serialized_end=997
+  _globals['_COLLECTION']._serialized_end=1016
   _globals['_COLLECTION_ATTRIBUTESENTRY']._serialized_start=440
   _globals['_COLLECTION_ATTRIBUTESENTRY']._serialized_end=517
-  _globals['_GETCOLLECTIONREQUEST']._serialized_start=999
-  _globals['_GETCOLLECTIONREQUEST']._serialized_end=1035
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=1037
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=1061
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=1063
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=1134
-  _globals['_DELETECOLLECTIONREQUEST']._serialized_start=1136
-  _globals['_DELETECOLLECTIONREQUEST']._serialized_end=1175
-  _globals['_DELETECOLLECTIONRESPONSE']._serialized_start=1177
-  _globals['_DELETECOLLECTIONRESPONSE']._serialized_end=1203
-  _globals['_SETALIASREQUEST']._serialized_start=1205
-  _globals['_SETALIASREQUEST']._serialized_end=1257
-  _globals['_SETALIASRESPONSE']._serialized_start=1259
-  _globals['_SETALIASRESPONSE']._serialized_end=1277
-  _globals['_COLLECTIONSERVICE']._serialized_start=1280
-  _globals['_COLLECTIONSERVICE']._serialized_end=1682
+  _globals['_GETCOLLECTIONREQUEST']._serialized_start=1018
+  _globals['_GETCOLLECTIONREQUEST']._serialized_end=1054
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=1056
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=1080
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=1082
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=1153
+  _globals['_DELETECOLLECTIONREQUEST']._serialized_start=1155
+  _globals['_DELETECOLLECTIONREQUEST']._serialized_end=1194
+  _globals['_DELETECOLLECTIONRESPONSE']._serialized_start=1196
+  _globals['_DELETECOLLECTIONRESPONSE']._serialized_end=1222
+  _globals['_SETALIASREQUEST']._serialized_start=1224
+  _globals['_SETALIASREQUEST']._serialized_end=1276
+  _globals['_SETALIASRESPONSE']._serialized_start=1278
+  _globals['_SETALIASRESPONSE']._serialized_end=1296
+  _globals['_COLLECTIONSERVICE']._serialized_start=1299
+  _globals['_COLLECTIONSERVICE']._serialized_end=1701
 # @@protoc_insertion_point(module_scope)

@@ -154,6 +154,7 @@ class Collection(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
+    DATABASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     model: _builtins.str
     dim: _builtins.int
@@ -174,6 +175,10 @@ class Collection(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def databases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where its documents lie: those that were configured when it was created."""
+
     def __init__(
         self,
         *,
@@ -193,10 +198,11 @@ class Collection(_message.Message):
         epoch: _builtins.int = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
+        databases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "attributes", b"attributes", "created_at", b"created_at", "dim", b"dim", "epoch", b"epoch", "generation", b"generation", "index", b"index", "max_staleness_ms", b"max_staleness_ms", "metric", b"metric", "model", b"model", "name", b"name", "replicas", b"replicas", "shards", b"shards", "slots", b"slots", "space", b"space", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "attributes", b"attributes", "created_at", b"created_at", "databases", b"databases", "dim", b"dim", "epoch", b"epoch", "generation", b"generation", "index", b"index", "max_staleness_ms", b"max_staleness_ms", "metric", b"metric", "model", b"model", "name", b"name", "replicas", b"replicas", "shards", b"shards", "slots", b"slots", "space", b"space", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import brute_force
+import grpc
 import numpy as np
 
 from ringfort import Client
 from ringfort.documents import Patch, WriteToken
 from ringfort.errors import DeadlineExceeded, Unavailable
+from ringfort.results import WriteResult
 from shard_router.model import AttributeType
 
 COLLECTION = "ledger"
@@ -129,9 +131,7 @@ class Ledger(threading.Thread):
         ]
 
         def write() -> None:
-            result = self._client.upsert(COLLECTION, documents)
-            assert result.failures == ()
-            self._token |= result.token
+            self._token |= _whole(self._client.upsert(COLLECTION, documents)).token
 
         _until_acknowledged(write)
         self.documents |= entries
@@ -143,9 +143,7 @@ class Ledger(threading.Thread):
         patches = [Patch(id, {"number": -self.writes}) for id in ids]
 
         def write() -> None:
-            result = self._client.patch(COLLECTION, patches)
-            assert result.failures == ()
-            self._token |= result.token
+            self._token |= _whole(self._client.patch(COLLECTION, patches)).token
 
         _until_acknowledged(write)
         for id in ids:
@@ -172,6 +170,14 @@ class Ledger(threading.Thread):
         self.documents = {
             id: entry for id, entry in self.documents.items() if not low <= entry.number < low + 15
         }
+
+
+def _whole(result: WriteResult) -> WriteResult:
+    """The result; Unavailable where one of several databases did not take its part."""
+    for failure in result.failures:
+        assert failure.code is grpc.StatusCode.UNAVAILABLE, failure
+        raise Unavailable(failure.message)
+    return result
 
 
 def _until_acknowledged(write: Callable[[], None]) -> None:

@@ -305,6 +305,23 @@ def test_cluster_describe(fake: FakeService, run: Any) -> None:
     assert lines[-1] == "k ≤ 1,000"
 
 
+def test_cluster_describe_names_the_databases_where_there_are_several(fake: FakeService, run: Any) -> None:
+    logs = [pb.LogStatus(database="home", watermark=30), pb.LogStatus(database="east", watermark=7)]
+    replicas = [
+        pb.Replica(state="serving", database=log.database, position=log.watermark - 2, slots=8)
+        for log in logs
+    ]
+    status = pb.CollectionStatus(name="packages", watermark=37, logs=logs, replicas=replicas)
+    away = pb.Component(name="postgres east", state="away", detail="no server")
+    _answer(fake, "ClusterService/Describe", pb.DescribeResponse(collections=[status], components=[away]))
+    lines = run("cluster", "describe").lines
+    assert lines[3].split() == ["postgres", "east", "away", "no", "server"]
+    assert [line.split()[3:5] + line.split()[-2:] for line in lines[6:8]] == [
+        ["home", "serving", "28", "2"],
+        ["east", "serving", "5", "2"],
+    ]
+
+
 def test_cluster_describe_says_what_is_wrong_with_a_replica(fake: FakeService, run: Any) -> None:
     replica = pb.Replica(state="disk_full", detail="No space left on device")
     answer = pb.DescribeResponse(collections=[pb.CollectionStatus(name="packages", replicas=[replica])])

@@ -9,7 +9,7 @@ from services.gateway.catalog import Served
 from services.gateway.committer import BATCH_ROWS, Committer
 from services.metadata.store import Store
 from shard_router.errors import StorageUnavailable
-from shard_router.model import Collection, Commit, Remove, Version, Write, WriteOutcome
+from shard_router.model import HOME, Collection, Commit, Remove, Version, Write, WriteOutcome
 
 
 class MemoryStore:
@@ -19,7 +19,9 @@ class MemoryStore:
         self.batches: list[list[str]] = []
         self._failing, self._upto = failing, 0
 
-    async def write(self, collection: object, writes: Sequence[Write], *, deadline: Deadline) -> Commit:
+    async def write(
+        self, collection: object, writes: Sequence[Write], *, deadline: Deadline, database: str
+    ) -> Commit:
         self.batches.append([write.id for write in writes])
         await asyncio.sleep(0)
         if len(self.batches) - 1 in self._failing:
@@ -39,8 +41,8 @@ class Notes:
         self.positions: list[int] = []
         self.looks = 0
 
-    def committed(self, upto: int, delta: object, epoch: int) -> None:
-        self.positions.append(upto)
+    def committed(self, database: str, commit: Commit) -> None:
+        self.positions.append(commit.upto)
 
     def look(self) -> None:
         self.looks += 1
@@ -48,7 +50,7 @@ class Notes:
 
 def committer(store: MemoryStore) -> tuple[Committer, Notes]:
     served = Notes()
-    return Committer(cast(Store, cast(Any, store)), cast(Served, cast(Any, served))), served
+    return Committer(cast(Store, cast(Any, store)), cast(Served, cast(Any, served)), HOME), served
 
 
 def removes(prefix: str, count: int) -> list[Remove]:
@@ -65,7 +67,7 @@ async def test_what_waits_shares_a_batch_and_what_is_large_is_cut_in_order() -> 
         f"{prefix}{i}" for prefix, count in (("a", 3), ("b", 1025), ("c", 2)) for i in range(count)
     ]
     assert [each.version.seq for each in b.outcomes if each.version] == list(range(4, 4 + 1025))
-    assert (a.upto, b.upto, c.upto) == (3, 3 + 1025 + 2, 3 + 1025 + 2)
+    assert [each.positions for each in (a, b, c)] == [{"log": 3}, {"log": 1030}, {"log": 1030}]
     assert served.positions == [3, 515, 1027, 1030]
     await writer.close()
 
@@ -91,6 +93,6 @@ async def test_what_is_committed_is_acknowledged_even_if_it_cannot_be_handed_on(
     writer, served = committer(MemoryStore())
     async with asyncio.timeout(30):
         done = await writer.submit(removes("a", 2))
-    assert (done.upto, served.looks) == (2, 1)
+    assert (done.positions, served.looks) == ({"log": 2}, 1)
     assert "broken" in caplog.text
     await writer.close()

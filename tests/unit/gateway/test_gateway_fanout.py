@@ -15,7 +15,7 @@ from services.gateway.fanout import FanOut, Found
 from services.gateway.served import Served
 from services.shard.replica import ShardAnswer
 from shard_router.errors import DeadlineExceeded, ShardUnavailable, StaleEpoch, Unavailable
-from shard_router.model import Hit, Include, Version
+from shard_router.model import HOME, Hit, Include, Version
 from shard_router.resharding import Copy
 from shard_router.shard_map import ShardMap, Steady
 
@@ -41,7 +41,8 @@ class FaultyCopy:
 def served_by(replicas: int, shards: int = 1) -> tuple[Served, list[FaultyCopy]]:
     one = collection()
     object.__setattr__(one, "replicas", replicas)
-    served = Served(one, Steady(ShardMap.create(16, shards)), "log-1")
+    served = Served(one, Steady(ShardMap.create(16, shards)))
+    served.logs[HOME].attach("log-1", 0)
     copies = []
     for shard in range(shards):
         for number in range(replicas):
@@ -75,7 +76,7 @@ async def test_a_slow_copy_is_not_waited_for_and_what_it_does_ends() -> None:
     never = asyncio.Event()
     found = await search(served)
     assert (first.asked, second.asked, len(ids(found))) == (1, 1, 1)
-    assert set(served.in_flight.values()) == {0}
+    assert set(served.logs[HOME].in_flight.values()) == {0}
     assert len(asyncio.all_tasks()) == 1
 
 

@@ -17,6 +17,7 @@ from services.gateway.mirror import Mirror
 from services.gateway.served import Served
 from services.peers import Port
 from shard_router.errors import NotFound, StorageUnavailable, Unavailable
+from shard_router.model import HOME
 from shard_router.resharding import Copy
 from shard_router.shard_map import ShardMap, Steady
 
@@ -111,10 +112,10 @@ class Database:
     def __init__(self) -> None:
         self.counter: int | Exception = 0
 
-    async def position(self, _: object) -> int:
+    async def positions(self, _: object) -> dict[str, int]:
         if isinstance(self.counter, Exception):
             raise self.counter
-        return self.counter
+        return {HOME: self.counter}
 
 
 class Gateway:
@@ -156,7 +157,7 @@ def told(
         collections=[
             internal.CollectionNews(
                 collection=each.collection.uid,
-                positions={each.log_id: position},
+                positions={each.logs[HOME].log_id: position},
                 shape=news.shape_of(each, {Copy(0, 0): opened} if opened else {}),
             )
             for each, position, opened in served
@@ -165,7 +166,9 @@ def told(
 
 
 def things(uid: int = 1, log_id: str = "log-1") -> Served:
-    return Served(replace(collection(), uid=uid, name=f"c{uid}"), Steady(ShardMap.create(16, 1)), log_id)
+    served = Served(replace(collection(), uid=uid, name=f"c{uid}"), Steady(ShardMap.create(16, 1)))
+    served.logs[HOME].attach(log_id, 0)
+    return served
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -257,7 +260,7 @@ async def test_a_copy_that_is_behind_what_was_committed_here_is_not_asked(
     await script.news.put(told(1, beat.beat, (things(), 5, 0), whole=True))
     await gateway.following.ready(Deadline.after(20))
     served = gateway.mirror.resolve("default", "c1")
-    served.committed(6, None)
+    served.logs[HOME].committed(6, None)
     gateway.nodes.position = 5
     await script.news.put(told(2, beat.beat, (things(), 5, 1)))
     await until(lambda: bool(gateway.nodes.attached) and gateway.nodes.attached[0].closed)
@@ -362,10 +365,10 @@ async def test_whether_a_write_is_visible_is_asked_until_somebody_says(
     script: Script, gateway: Gateway
 ) -> None:
     script.refusals = [Unavailable("busy"), Unavailable("busy")]
-    assert await gateway.following.visible(things(), 7, Deadline.after(20))
+    assert await gateway.following.visible(things(), {"log-1": 7}, Deadline.after(20))
     assert script.asked == 3 * [{"log-1": 7}]
     script.refusals = 1_000 * [Unavailable("busy")]
-    assert not await gateway.following.visible(things(), 8, Deadline.after(0.3))
+    assert not await gateway.following.visible(things(), {"log-1": 8}, Deadline.after(0.3))
 
 
 async def test_what_the_head_refuses_is_refused_as_it_said(script: Script, gateway: Gateway) -> None:

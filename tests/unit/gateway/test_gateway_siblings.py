@@ -14,6 +14,7 @@ from services.gateway import news
 from services.gateway.catalog import Catalog
 from services.gateway.served import Served
 from services.gateway.siblings import Siblings
+from shard_router.model import HOME
 from shard_router.resharding import Copy
 from shard_router.shard_map import Migrating, ShardMap, Steady
 
@@ -69,7 +70,8 @@ class Head:
 
     def serve(self, uid: int, *replicas: Replica) -> Served:
         one = replace(collection(), uid=uid, name=f"c{uid}", replicas=len(replicas))
-        served = Served(one, Steady(ShardMap.create(16, 1)), "log-1")
+        served = Served(one, Steady(ShardMap.create(16, 1)))
+        served.logs[HOME].attach("log-1", 0)
         for number, replica in enumerate(replicas):
             served.join(Copy(0, number), cast("Any", replica))
         self.catalog._index(served)
@@ -120,7 +122,7 @@ def written(served: Served, position: int) -> None:
 
 
 def visible(head: Head, served: Served, position: int, within_s: float = 20) -> "asyncio.Task[bool]":
-    return asyncio.create_task(head.siblings.visible(served, position, Deadline.after(within_s)))
+    return asyncio.create_task(head.siblings.visible(served, {"log-1": position}, Deadline.after(within_s)))
 
 
 async def still(task: "asyncio.Task[Any]") -> bool:
@@ -209,9 +211,9 @@ async def test_a_head_that_begins_waits_for_the_leases_of_the_one_before() -> No
     head.begin()
     head.now_s -= OVER_S
     served = head.serve(1, Replica(position=7))
-    assert not await head.siblings.visible(served, 7, Deadline.after(0.2))
+    assert not await head.siblings.visible(served, {"log-1": 7}, Deadline.after(0.2))
     head.now_s += OVER_S
-    assert await head.siblings.visible(served, 7, Deadline.after(0.2))
+    assert await head.siblings.visible(served, {"log-1": 7}, Deadline.after(0.2))
     await head.siblings.close()
 
 
@@ -261,10 +263,10 @@ async def test_a_copy_that_joins_while_a_write_is_waited_for_has_it(head: Head) 
     """It is told where the log stands before anything is waited for."""
     served = head.serve(1, Replica(position=6))
     joining = Replica()
-    served.joining.add(cast("Any", joining))
+    served.logs[HOME].joining.add(cast("Any", joining))
     writing = visible(head, served, 7, within_s=1)
     await asyncio.sleep(0)
-    assert served.position == 7
+    assert served.positions == {"log-1": 7}
     assert joining.woken
     assert await still(writing)
     writing.cancel()
@@ -292,7 +294,8 @@ def test_every_state_of_a_map_crosses(phase: str) -> None:
     migrating = steady.migrate(lambda shard_map: shard_map.add_shard(2))
     assert isinstance(migrating, Migrating)
     state = {"steady": steady, "migrating": migrating, "retiring": migrating.cut_over()}[phase]
-    served = Served(collection(), state, "log-1")
+    served = Served(collection(), state)
+    served.logs[HOME].attach("log-1", 0)
     shape = internal.Shape.FromString(news.shape_of(served, {Copy(1, 0): 5}).SerializeToString())
     assert news.state_of(shape) == state
     assert news.collection_of(shape) == served.collection
@@ -329,7 +332,7 @@ async def test_a_collection_that_goes_makes_the_news_whole(head: Head) -> None:
     one.say(told.version, told.version)
     await spreading
     # A write of it that is still under way is visible nowhere.
-    assert not await head.siblings.visible(served, 9, Deadline.after(5))
+    assert not await head.siblings.visible(served, {"log-1": 9}, Deadline.after(5))
 
 
 async def test_positions_of_another_log_are_visible_nowhere(head: Head) -> None:

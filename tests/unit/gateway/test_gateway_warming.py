@@ -20,7 +20,7 @@ FAST = 1e6
 
 def served(generation: int = 1) -> SimpleNamespace:
     collection = SimpleNamespace(uid=7, generation=generation)
-    return SimpleNamespace(log_id="log", position=5, collection=collection)
+    return SimpleNamespace(positions={"log": 5}, collection=collection)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Asked:
             if text in self.broken:
                 raise Unavailable("the shards are away")
             self.computed.append((of.collection.generation, text))
-            return Computed(text.encode(), of.position, int(time.time() * 1000), True, pb.Timings())
+            return Computed(text.encode(), of.positions, int(time.time() * 1000), True, pb.Timings())
 
         def name(of: SimpleNamespace) -> bytes:
             return answer_key(7, "acme", of.collection.generation, 1, "", text.encode(), b"")
@@ -46,8 +46,8 @@ class Asked:
     async def ask(self, of: SimpleNamespace, text: str) -> Cached | Computed:
         question = self.question(text)
         name = question.name(of)
-        found = await self.answers.get(of, name, question, 0, 0)
-        return found or await self.answers.once(of, name, question, 0, Deadline.after(60))
+        found = await self.answers.get(of, name, question, {}, 0)
+        return found or await self.answers.once(of, name, question, {}, Deadline.after(60))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ async def test_what_is_in_the_cache_is_left_alone(asked):
 
 async def test_what_a_write_made_old_is_computed_the_latest_asked_first(asked):
     now = served()
-    now.position = 6
+    now.positions = {"log": 6}
     assert await warm(asked, now, limit=2) == Warmed(known=3, computed=2, failed=0, left=1)
     assert asked.computed == [(1, "c"), (1, "b")]
     assert type(await asked.ask(now, "c")) is Cached
@@ -93,7 +93,7 @@ async def test_a_generation_s_answers_are_there_before_it_is_the_live_one(asked)
 
 async def test_one_that_fails_keeps_none_of_the_others(asked, caplog):
     now = served()
-    now.position = 6
+    now.positions = {"log": 6}
     asked.broken.add("b")
     assert await warm(asked, now) == Warmed(known=3, computed=2, failed=1, left=1)
     assert "the shards are away" in caplog.text
@@ -101,7 +101,7 @@ async def test_one_that_fails_keeps_none_of_the_others(asked, caplog):
 
 async def test_it_ends_before_its_caller_s_time_does(asked):
     now = served()
-    now.position = 6
+    now.positions = {"log": 6}
     assert await warm(asked, now, left_s=0.4) == Warmed(known=3, computed=0, failed=0, left=3)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from shard_router.errors import PreconditionFailed
+from shard_router.model import HOME
 from shard_router.resharding import (
     Applied,
     AwaitApplied,
@@ -44,7 +45,7 @@ def migrating(*copies: Copy) -> Resharding:
 def test_a_shard_is_added_step_by_step() -> None:
     machine = migrating(FIRST)
     assert machine.handle(Backfilled(FIRST)) == [ReadPosition()]
-    assert machine.handle(PositionRead(17)) == [AwaitApplied(FIRST, 17)]
+    assert machine.handle(PositionRead({HOME: 17})) == [AwaitApplied(FIRST, 17)]
     retiring = Retiring(TARGET.epoch + 1, TARGET.old, TARGET.new)
     assert machine.handle(Applied(FIRST, 17)) == [Store(retiring)]
     assert machine.handle(Stored()) == [Tell(retiring)]
@@ -61,7 +62,7 @@ def test_the_position_is_read_only_when_every_copy_of_a_new_owner_is_whole() -> 
     assert machine.handle(Backfilled(SECOND)) == []
     assert machine.progress == (1, 5)
     assert machine.handle(Backfilled(FIRST)) == [ReadPosition()]
-    assert machine.handle(PositionRead(5)) == [AwaitApplied(FIRST, 5), AwaitApplied(SECOND, 5)]
+    assert machine.handle(PositionRead({HOME: 5})) == [AwaitApplied(FIRST, 5), AwaitApplied(SECOND, 5)]
     assert machine.handle(Applied(FIRST, 4)) == []
     assert machine.handle(Applied(SECOND, 5)) == []
     [store] = machine.handle(Applied(FIRST, 5))
@@ -72,12 +73,12 @@ def test_a_copy_that_comes_back_begins_again_and_one_that_is_down_is_not_waited_
     machine = migrating(FIRST, SECOND)
     machine.handle(Backfilled(FIRST))
     machine.handle(Backfilled(SECOND))
-    machine.handle(PositionRead(5))
+    machine.handle(PositionRead({HOME: 5}))
     assert machine.handle(Joined(SECOND)) == [Backfill(SECOND, SLOTS)]
     assert machine.handle(Applied(FIRST, 5)) == []
     # What was read before it came back is not what counts now.
     assert machine.handle(Left(SECOND)) == [ReadPosition()]
-    assert machine.handle(PositionRead(9)) == [AwaitApplied(FIRST, 9)]
+    assert machine.handle(PositionRead({HOME: 9})) == [AwaitApplied(FIRST, 9)]
     assert isinstance(machine.handle(Applied(FIRST, 9))[0], Store)
 
 
@@ -88,10 +89,33 @@ def test_without_a_copy_of_the_new_owner_nothing_goes_on() -> None:
     assert machine.handle(Backfilled(FIRST)) == [ReadPosition()]
 
 
+def test_every_log_has_to_be_passed_by_a_copy_that_follows_it() -> None:
+    east = Copy(2, 0, "east")
+    machine, _ = Resharding.begin(TARGET, [*OTHERS, FIRST], (HOME, "east"))
+    machine.handle(Stored())
+    assert machine.handle(Heard(TARGET.epoch)) == [Backfill(FIRST, SLOTS)]
+    assert machine.handle(Backfilled(FIRST)) == [], "nobody has what lies in the other database"
+    assert machine.handle(Joined(east)) == [Backfill(east, SLOTS)]
+    assert machine.handle(Backfilled(east)) == [ReadPosition()]
+    assert set(machine.handle(PositionRead({HOME: 5, "east": 50}))) == {
+        AwaitApplied(FIRST, 5),
+        AwaitApplied(east, 50),
+    }
+    assert machine.handle(Applied(east, 49)) == []
+    assert machine.handle(Applied(FIRST, 5)) == []
+    assert isinstance(machine.handle(Applied(east, 50))[0], Store)
+
+
 def test_events_of_another_stage_change_nothing() -> None:
     machine = migrating(FIRST)
     before = (machine.stage, machine.state)
-    for event in (Stored(), Heard(TARGET.epoch), PositionRead(3), Applied(FIRST, 3), Backfilled(Copy(0, 0))):
+    for event in (
+        Stored(),
+        Heard(TARGET.epoch),
+        PositionRead({HOME: 3}),
+        Applied(FIRST, 3),
+        Backfilled(Copy(0, 0)),
+    ):
         assert machine.handle(event) == []
         assert (machine.stage, machine.state) == before
 
@@ -106,7 +130,7 @@ def test_it_can_be_cancelled_until_the_new_owners_are_about_to_answer() -> None:
     assert machine.handle(Heard(back.epoch)) == [Finish(moved=False)]
     late = migrating(FIRST)
     late.handle(Backfilled(FIRST))
-    late.handle(PositionRead(0))
+    late.handle(PositionRead({HOME: 0}))
     late.handle(Applied(FIRST, 0))
     with pytest.raises(PreconditionFailed):
         late.handle(CancelAsked())

@@ -24,21 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/ringfort/internal/v1/head.proto\x12\x14ringfort.internal.v1\"6\n\x06Report\x12,\n\x06member\x18\x01 \x01(\x0b\x32\x1c.ringfort.internal.v1.Member\"_\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\x12\x0c\n\x04http\x18\x06 \x01(\t\"C\n\x05\x43laim\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0e\n\x06log_id\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x03\x12\x10\n\x08identity\x18\x04 \x01(\t\"a\n\x04Word\x12*\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x1b.ringfort.internal.v1.Claim\x12-\n\x07members\x18\x02 \x03(\x0b\x32\x1c.ringfort.internal.v1.Member2L\n\x04Head\x12\x44\n\x04Join\x12\x1c.ringfort.internal.v1.Report\x1a\x1a.ringfort.internal.v1.Word(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&protos/ringfort/internal/v1/head.proto\x12\x14ringfort.internal.v1\"6\n\x06Report\x12,\n\x06member\x18\x01 \x01(\x0b\x32\x1c.ringfort.internal.v1.Member\"_\n\x06Member\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x05\x12\x0c\n\x04http\x18\x06 \x01(\t\"C\n\x05\x43laim\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0e\n\x06log_id\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x03\x12\x10\n\x08identity\x18\x04 \x01(\t\"\xf1\x01\n\x04Word\x12*\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x1b.ringfort.internal.v1.Claim\x12-\n\x07members\x18\x02 \x03(\x0b\x32\x1c.ringfort.internal.v1.Member\x12>\n\npartitions\x18\n \x03(\x0b\x32*.ringfort.internal.v1.Word.PartitionsEntry\x1aN\n\x0fPartitionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.ringfort.internal.v1.Claim:\x02\x38\x01\x32L\n\x04Head\x12\x44\n\x04Join\x12\x1c.ringfort.internal.v1.Report\x1a\x1a.ringfort.internal.v1.Word(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.ringfort.internal.v1.head_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WORD_PARTITIONSENTRY']._loaded_options = None
+  _globals['_WORD_PARTITIONSENTRY']._serialized_options = b'8\001'
   _globals['_REPORT']._serialized_start=64
   _globals['_REPORT']._serialized_end=118
   _globals['_MEMBER']._serialized_start=120
   _globals['_MEMBER']._serialized_end=215
   _globals['_CLAIM']._serialized_start=217
   _globals['_CLAIM']._serialized_end=284
-  _globals['_WORD']._serialized_start=286
-  _globals['_WORD']._serialized_end=383
-  _globals['_HEAD']._serialized_start=385
-  _globals['_HEAD']._serialized_end=461
+  _globals['_WORD']._serialized_start=287
+  _globals['_WORD']._serialized_end=528
+  _globals['_WORD_PARTITIONSENTRY']._serialized_start=450
+  _globals['_WORD_PARTITIONSENTRY']._serialized_end=528
+  _globals['_HEAD']._serialized_start=530
+  _globals['_HEAD']._serialized_end=606
 # @@protoc_insertion_point(module_scope)

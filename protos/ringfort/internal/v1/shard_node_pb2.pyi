@@ -26,10 +26,13 @@ class ReplicaKey(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
     collection: _builtins.int
     generation: _builtins.int
     shard: _builtins.int
     replica: _builtins.int
+    database: _builtins.str
+    """Whose log it follows; empty for the home's."""
     def __init__(
         self,
         *,
@@ -37,10 +40,11 @@ class ReplicaKey(_message.Message):
         generation: _builtins.int = ...,
         shard: _builtins.int = ...,
         replica: _builtins.int = ...,
+        database: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "generation", b"generation", "replica", b"replica", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "database", b"database", "generation", b"generation", "replica", b"replica", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

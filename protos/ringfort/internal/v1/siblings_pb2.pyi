@@ -151,8 +151,28 @@ class Shape(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LogsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     COLLECTION_FIELD_NUMBER: _builtins.int
-    LOG_ID_FIELD_NUMBER: _builtins.int
+    LOGS_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     OWNERS_FIELD_NUMBER: _builtins.int
@@ -160,10 +180,13 @@ class Shape(_message.Message):
     COPIES_FIELD_NUMBER: _builtins.int
     collection: _builtins.bytes
     """shard_router.model.Collection as MessagePack."""
-    log_id: _builtins.str
     phase: _builtins.str
     """The state of its map: steady, migrating or retiring."""
     epoch: _builtins.int
+    @_builtins.property
+    def logs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """By database, the identity of the log in it; one that is not known is left out."""
+
     @_builtins.property
     def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -178,7 +201,7 @@ class Shape(_message.Message):
         self,
         *,
         collection: _builtins.bytes = ...,
-        log_id: _builtins.str = ...,
+        logs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         phase: _builtins.str = ...,
         epoch: _builtins.int = ...,
         owners: _abc.Iterable[_builtins.int] | None = ...,
@@ -187,7 +210,7 @@ class Shape(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "copies", b"copies", "epoch", b"epoch", "log_id", b"log_id", "next", b"next", "owners", b"owners", "phase", b"phase"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "copies", b"copies", "epoch", b"epoch", "logs", b"logs", "next", b"next", "owners", b"owners", "phase", b"phase"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -200,20 +223,24 @@ class CopyNews(_message.Message):
     SHARD_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     replica: _builtins.int
     opened: _builtins.int
     """Another one each time that it was opened."""
+    database: _builtins.str
+    """Whose log it follows."""
     def __init__(
         self,
         *,
         shard: _builtins.int = ...,
         replica: _builtins.int = ...,
         opened: _builtins.int = ...,
+        database: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened", "replica", b"replica", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "opened", b"opened", "replica", b"replica", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
