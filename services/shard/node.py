@@ -147,8 +147,10 @@ class ShardNode:
                 yield internal.ReplicaState(position=replica.position)
             if fell:
                 return
+            moved_s = clock()
             if await replica.wait_for(replica.position + 1, Deadline.after(FIGURES_S)):
-                await asyncio.sleep(MOVES_S)
+                # A move after a while is told at once: somebody may wait for it who did not bring the rows.
+                await asyncio.sleep(max(0.0, moved_s + MOVES_S - clock()))
 
     async def Forget(self, request: internal.ForgetRequest, deadline: Deadline) -> internal.ForgetResponse:
         """Close and remove a replica, or those of all collections but the ones named."""

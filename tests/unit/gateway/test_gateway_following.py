@@ -32,8 +32,12 @@ class Replica:
         self.position = position
         self.fell = asyncio.Event()
         self.closed = False
+        #: Happens while it is waited for.
+        self.meanwhile: Callable[[], None] = lambda: None
 
     async def wait_for(self, position: int, deadline: Deadline) -> bool:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
         return self.position >= position
 
     def wake(self) -> None: ...
@@ -50,12 +54,15 @@ class Nodes:
         self.attached: list[Replica] = []
         #: Attaching fails so often before it works.
         self.failures = 0
+        #: Happens while a copy that was attached is waited for.
+        self.meanwhile: Callable[[], None] = lambda: None
 
     async def attach(self, *_: object) -> Replica:
         if self.failures:
             self.failures -= 1
             raise Unavailable("away")
         self.attached.append(Replica(self.position))
+        self.attached[-1].meanwhile = self.meanwhile
         return self.attached[-1]
 
 
@@ -267,6 +274,20 @@ async def test_a_copy_that_is_behind_what_was_committed_here_is_not_asked(
     assert not dict(served.copies())
     gateway.nodes.position = 6
     await until(lambda: bool(dict(served.copies())))
+
+
+async def test_a_copy_is_not_asked_that_lacks_what_was_committed_while_it_was_waited_for(
+    script: Script, gateway: Gateway
+) -> None:
+    beat = await script.beat()
+    await script.news.put(told(1, beat.beat, (things(), 5, 0), whole=True))
+    await gateway.following.ready(Deadline.after(20))
+    served = gateway.mirror.resolve("default", "c1")
+    gateway.nodes.position = 5
+    gateway.nodes.meanwhile = lambda: served.committed(6, None)
+    await script.news.put(told(2, beat.beat, (things(), 5, 1)))
+    await until(lambda: bool(gateway.nodes.attached) and gateway.nodes.attached[0].closed)
+    assert not dict(served.copies())
 
 
 async def test_another_log_makes_another_collection_of_it(script: Script, gateway: Gateway) -> None:

@@ -308,7 +308,6 @@ async def test_who_comes_is_told_everything_and_then_what_changes(head: Head) ->
     first = await one.hear()
     assert first.whole
     head.serve(2, Replica())
-    head.catalog._index(head.catalog.of(1))  # type: ignore[arg-type]
     spreading = asyncio.create_task(head.catalog.spread())
     second = await one.hear()
     assert not second.whole
