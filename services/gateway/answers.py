@@ -174,8 +174,9 @@ class Answers:
     ) -> Cached | Computed:
         """Compute an answer, or share the computation of an equal request that is under way; keep it.
 
-        A computation is shared only between requests that know of the same writes, so nobody is handed an
-        answer older than a write acknowledged before the request came, and that ask for the same coverage.
+        A computation is shared only between requests that know of the same writes and ask for the same
+        coverage, and by who comes while it is under way only if it includes those writes: a copy may have
+        been asked before it had one that was acknowledged since.
         Where other gateways use the same Redis, one of them computes and the others wait for its answer.
         """
         known = self._known(served)
@@ -204,13 +205,22 @@ class Answers:
             # What is under way may have begun before a write that was acknowledged since.
             return await make()
 
+        led = False
+
         async def lead() -> Cached | Computed:
+            nonlocal led
+            led = True
             if not self._cache.shared:
                 return await make()
             lease = keys.lease_key(name, positions)
             return await self._cache.leases.run(lease, find, make, deadline)
 
-        return await self._flights.run((name, tuple(positions.items()), question.min_coverage), lead)
+        flight = name, tuple(positions.items()), question.min_coverage
+        answer = await self._flights.run(flight, lead)
+        if led or isinstance(answer, Cached) or _reaches(answer.positions, positions):
+            return answer
+        # Whatever is under way now was begun after this request came.
+        return await self._flights.run(flight, lead)
 
     async def once_many(
         self,
@@ -341,6 +351,10 @@ class Answers:
             "hot_questions": len(self._hot),
             **self._flights.stats(),
         }
+
+
+def _reaches(positions: Mapping[str, int], known: Mapping[str, int]) -> bool:
+    return all(positions.get(log_id, -1) >= position for log_id, position in known.items())
 
 
 def _now_ms() -> int:

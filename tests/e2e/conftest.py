@@ -1,6 +1,5 @@
 """One service for the session, reached as its users reach it."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,9 +7,8 @@ from uuid import uuid4
 
 import grpc
 import httpx
-import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from partitions import lend_partitions
 from rpc import Rpc
 from scrape import Scrape
 from up import Up, lend_model
@@ -32,25 +30,8 @@ if server := os.environ.get("SERVER"):
 
 
 @pytest.fixture(scope="session")
-def partitions(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """URLs of databases beside the home, by name: none, or with DATABASES=2 one on a server of the tests'."""
-    more = int(os.environ.get("DATABASES", "1")) - 1
-    if not more:
-        yield {}
-        return
-    server = request.getfixturevalue("postgres_url")
-    names = {f"east{i}": f"e2e_{uuid4().hex}" for i in range(more)}
-    with psycopg.connect(server, autocommit=True) as connection:
-        for name in names.values():
-            connection.execute(f"CREATE DATABASE {name}".encode())
-        yield {partition: make_conninfo(server, dbname=name) for partition, name in names.items()}
-        for name in names.values():
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
-
-
-@pytest.fixture(scope="session")
 def service(
-    tmp_path_factory: pytest.TempPathFactory, model_dir: Path, partitions: dict[str, str]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path
 ) -> Iterator[Up]:
     """The service all tests share; whoever stops it starts one of their own.
 
@@ -58,10 +39,10 @@ def service(
     """
     data_dir = tmp_path_factory.mktemp("e2e") / "data"
     lend_model(model_dir, data_dir)
-    env = SETTINGS | {"RINGFORT_METADATA__PARTITIONS": json.dumps(partitions)}
-    up = Up.start(data_dir, *COMPOSITION, env=env, ready_within_s=240)
-    yield up
-    assert up.stop() == 0
+    with lend_partitions(request) as partitions:
+        up = Up.start(data_dir, *COMPOSITION, env=SETTINGS | partitions, ready_within_s=240)
+        yield up
+        assert up.stop() == 0
     assert up.errors() == []
 
 

@@ -1,6 +1,7 @@
 """Two gateways behind one port: no answer is older than what was acknowledged, whatever happens to one.
 
-COMPOSITION=ray runs it on a local Ray cluster; else the processes are the head's children.
+COMPOSITION=ray runs it on a local Ray cluster; else the processes are the head's children. With DATABASES=2
+the documents lie in two databases.
 """
 
 import base64
@@ -18,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from command_line import eventually
+from partitions import lend_partitions
 from up import Up, end
 
 from protos.ringfort import v1 as pb
@@ -37,12 +39,14 @@ QUERY = np.ones(DIM, np.float32)
 
 
 @pytest.fixture
-def service(data_dir: Path) -> Iterator[Up]:
-    up = Up.start(data_dir, "--cluster", "--gateways", "2", env=ENVIRONMENT, ready_within_s=240)
-    yield up
-    if up.process.poll() is None:
-        assert up.stop(60) == 0
-    end(up.process)
+def service(request: pytest.FixtureRequest, data_dir: Path) -> Iterator[Up]:
+    with lend_partitions(request) as partitions:
+        env = ENVIRONMENT | partitions
+        up = Up.start(data_dir, "--cluster", "--gateways", "2", env=env, ready_within_s=240)
+        yield up
+        if up.process.poll() is None:
+            assert up.stop(60) == 0
+        end(up.process)
 
 
 @dataclass(frozen=True)
