@@ -5,6 +5,7 @@ while, a network that delays.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import tempfile
@@ -140,11 +141,16 @@ class House:
         return self.service
 
     def _process(self, target: str) -> psutil.Process:
-        """The process of a target: the service, or a server that this process has started."""
+        """The process of a target: the service, or the server that was started for it."""
         if target == "service":
             return psutil.Process(self.pid)
-        mine = psutil.Process().children()
-        return next(process for process in mine if process.name() == _PROCESSES[target])
+        # By where it works: this process may have started others of the kind.
+        home = (self._directory / "servers").resolve()
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was there a moment ago
+                if process.name() == _PROCESSES[target] and Path(process.cwd()).is_relative_to(home):
+                    return process
+        raise LookupError(f"no {target} runs here")
 
     @staticmethod
     async def _paused(family: list[psutil.Process], for_s: float) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import redis
 
 from loadtests.drive.__main__ import main
 
@@ -27,12 +28,17 @@ faults:
 
 
 def test_a_pause_shows_in_proportion(
-    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: Path, tmp_path: Path, valkey_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Another server of the kind runs beside, and is none of the house's.
+    with redis.Redis.from_url(valkey_url) as beside:
+        began = beside.info("server")["run_id"]
     scenario, out = tmp_path / "paused.yaml", tmp_path / "paused.json"
     scenario.write_text(SCENARIO)
     options = ["--documents", "100", "--models", str(model_dir), "--out", str(out), "--report", "--json"]
     assert main(["run", str(scenario), *options]) == 0
+    with redis.Redis.from_url(valkey_url) as beside:
+        assert beside.info("server")["run_id"] == began
     printed = capsys.readouterr()
     assert json.loads(printed.out)["result"] == str(out)
     lines = [json.loads(line) for line in printed.err.splitlines()]

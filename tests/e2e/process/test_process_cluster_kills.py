@@ -3,6 +3,7 @@
 COMPOSITION=ray runs it on a local Ray cluster; else the processes are the head's children.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -50,8 +51,11 @@ def components(client: Client) -> dict[str, int]:
 
 def servers(up: Up) -> dict[str, int]:
     """Postgres and Valkey of the service, with their process ids."""
-    children = psutil.Process(up.pid).children()
-    return {child.name(): child.pid for child in children if child.name() in ("postgres", "valkey-server")}
+    found = {}
+    for child in psutil.Process(up.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it was there a moment ago
+            found[child.name()] = child.pid
+    return {name: pid for name, pid in found.items() if name in ("postgres", "valkey-server")}
 
 
 def succeeded(client: Client, job: pb.Job) -> bool:
