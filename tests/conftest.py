@@ -7,13 +7,14 @@ import random
 import signal
 import subprocess
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import psutil
 import pytest
+from made_databases import made_databases
 from valkeys import ValkeyCluster
 
 from services.data_dir import DataDir
@@ -93,6 +94,13 @@ def session_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sessio
 def postgres_url(session_servers: SessionServers) -> str:
     """A Postgres for the session; make a schema or database of your own in it."""
     return session_servers.run(session_servers.supervisor.start_postgres())
+
+
+@pytest.fixture
+def make_database(postgres_url: str) -> Iterator[Callable[..., str]]:
+    """Makes databases in it, gone after the test; gives their URLs."""
+    with made_databases(postgres_url) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from uuid import uuid4
 
 import numpy as np
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from second_postgres import SecondPostgres
 
 from protos.ringfort import v1 as pb
@@ -155,24 +153,6 @@ async def service(urls: Mapping[str, str], directory: Path) -> AsyncIterator[Ser
         answers = Answers(CacheTier(l1_bytes=1_000_000, redis_url=None), ttl_s=60)
         stack.push_async_callback(answers.close)
         yield Service(store, catalog, ingest, Retrieval(catalog, models, fanout, answers, Limits(), audit))
-
-
-@pytest.fixture
-def make_database(postgres_url: str) -> Iterator[Callable[..., str]]:
-    """Makes empty databases, or copies of one that nobody uses; gives their URLs."""
-    names: list[str] = []
-
-    def make(copy_of: str = "") -> str:
-        names.append(f"gateway_{uuid4().hex}")
-        template = f" TEMPLATE {conninfo_to_dict(copy_of)['dbname']}" if copy_of else ""
-        with psycopg.connect(postgres_url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {names[-1]}{template}".encode())
-        return make_conninfo(postgres_url, dbname=names[-1])
-
-    yield make
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for each in names:
-            connection.execute(f"DROP DATABASE {each} WITH (FORCE)".encode())
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Documents of one collection in several databases: nothing in the wrong one, nothing left, nothing lost."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -25,24 +25,6 @@ IDS = [f"d{i}" for i in range(60)]
 
 class Crash(BaseException):
     """The process ends here."""
-
-
-@pytest.fixture
-def make_database(postgres_url: str) -> Iterator[Callable[..., str]]:
-    """Makes empty databases, or copies of one that nobody uses; gives their URLs."""
-    names: list[str] = []
-
-    def make(copy_of: str | None = None, name: str | None = None) -> str:
-        names.append(name or f"several_{uuid4().hex}")
-        template = f" TEMPLATE {copy_of}" if copy_of else ""
-        with psycopg.connect(postgres_url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {names[-1]}{template}".encode())
-        return make_conninfo(postgres_url, dbname=names[-1])
-
-    yield make
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for each in names:
-            connection.execute(f"DROP DATABASE IF EXISTS {each} WITH (FORCE)".encode())
 
 
 @pytest.fixture
@@ -284,8 +266,7 @@ async def test_a_partition_that_was_restored_is_another_log(
         made = await make_collection(store)
         await fill(store, made, IDS)
         before, terms = await store.attach(made, "east"), store.claims["east"].term
-    name = psycopg.conninfo.conninfo_to_dict(urls["east"])["dbname"]
-    urls["east"] = make_database(copy_of=str(name))
+    urls["east"] = make_database(copy_of=urls["east"])
     async with opened(urls) as store:
         log_id, position = await store.attach(made, "east")
         assert log_id != before[0]
@@ -310,7 +291,7 @@ async def test_a_home_that_was_restored_makes_no_collection_of_anothers_document
 ) -> None:
     async with opened(urls):
         pass
-    backup = make_database(copy_of=str(psycopg.conninfo.conninfo_to_dict(urls[HOME])["dbname"]))
+    backup = make_database(copy_of=urls[HOME])
     async with opened(urls) as store:
         lost = [await make_collection(store) for _ in range(3)]
         await fill(store, lost[0], IDS)
