@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from services.config import Config
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if arguments.command == "member":
         return _member()
+    # Ray warns on stdout, where whoever started this reads one line of JSON.
+    said = _reserved_stdout() if arguments.json else None
 
     from services.config import ConfigError, load
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.cluster:
             service = _cluster(config, arguments.data_dir)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(service, as_json=arguments.json))
+            return runner.run(_serve(service, said))
     except (
         # Whatever keeps a service from starting and is the operator's to mend.
         StartupError, StartupRefused, PortTaken, ModelMissing, ModelUnsupported, ModelInaccurate,
@@ -159,8 +161,15 @@ def _failed(error: Exception) -> int:
     return 1
 
 
-async def _serve(service: "Embedded", *, as_json: bool) -> int:
-    """Start, say so, wait for a signal, stop."""
+def _reserved_stdout() -> TextIO:
+    """Stdout for what is said here alone; what else writes to it, in any language, writes to stderr now."""
+    reserved = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return reserved
+
+
+async def _serve(service: "Embedded", said: TextIO | None) -> int:
+    """Start, say so (as JSON where there is something to write it to), wait for a signal, stop."""
     told = _signals()
     starting = asyncio.create_task(service.start())
     try:
@@ -170,8 +179,8 @@ async def _serve(service: "Embedded", *, as_json: bool) -> int:
             addresses = starting.result()
             _ready_for_callers()
             ready = {"ready": True, "grpc": addresses.grpc, "http": addresses.http, "pid": os.getpid()}
-            if as_json:
-                print(json.dumps(ready), flush=True)
+            if said is not None:
+                print(json.dumps(ready), file=said, flush=True)
             else:
                 _say(f"ready: gRPC on {addresses.grpc}, HTTP on {addresses.http}; Ctrl-C stops it")
         return await told

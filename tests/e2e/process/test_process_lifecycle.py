@@ -45,6 +45,29 @@ def test_json_says_once_where_it_listens_and_sigterm_ends_it_all(data_dir: Path)
         assert json.loads((data_dir / "children.json").read_text()) == {}
 
 
+def test_what_a_library_prints_is_not_taken_for_the_line(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As C++ in Ray does: to the descriptor, whatever Python's stdout is.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, threading, time\n"
+        "def noise():\n"
+        "    time.sleep(1)\n"
+        "    while True:\n"
+        "        os.write(1, b'noise\\n')\n"
+        "        time.sleep(0.1)\n"
+        "if 'services' in sys.orig_argv:\n"
+        "    threading.Thread(target=noise, daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with up(data_dir, "--json") as service:
+        ready = service.first_line()
+        assert ready["ready"] is True
+        assert eventually(lambda: "noise" in service.err, 10)
+        ended_in_order(service, signal.SIGTERM, 0)
+        assert service.lines() == [ready]
+
+
 def test_people_are_told_where_it_listens_and_a_closed_terminal_ends_it(data_dir: Path) -> None:
     with up(data_dir) as service:
         said = re.compile(r"ringfort: ready: gRPC on (\S+), HTTP on (\S+); Ctrl-C stops it\n")
