@@ -24,6 +24,7 @@ from services.embedder.cpus import usable_cpus
 from services.embedder.loading import load
 from services.front import Addresses, Front, Others, cached, models_of, open_cache
 from services.gateway.catalog import Catalog
+from services.gateway.cluster_service import ShardChanges
 from services.gateway.embeddings import Embeddings
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint, Shards
 from services.gateway.http import listen
@@ -31,7 +32,7 @@ from services.gateway.model_service import ModelService
 from services.gateway.models import Models
 from services.gateway.rankers import Rankers
 from services.gateway.resharder import Resharder
-from services.gateway.servicers import CollectionChanges, IndexService, ShardChanges
+from services.gateway.servicers import CollectionChanges, IndexService
 from services.gateway.transport import transport_of
 from services.metadata.store import Store
 from services.shard.local_shards import LocalShards
@@ -62,7 +63,7 @@ class Embedded:
     async def start(self) -> Addresses:
         """Bring everything up and serve; StartupError, in one sentence, where something is missing."""
         gateway = self._config.gateway
-        transport_of(gateway)
+        transport_of(gateway)  # what keeps it from serving so is said before anything slow begins, too
         for name, address in (("grpc", gateway.grpc), ("http", gateway.http)):
             require_private(name, address, gateway)
         # Taken early, so that a port in use is said before anything slow begins.

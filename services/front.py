@@ -17,6 +17,7 @@ from services.data_dir import StartupError
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers, Known, known_here
 from services.gateway.batch import BatchRetrieval
+from services.gateway.cluster_service import CacheReads, ClusterReads
 from services.gateway.directory import Directory
 from services.gateway.documents import Documents
 from services.gateway.embeddings import Embeddings
@@ -31,14 +32,7 @@ from services.gateway.recommend import Recommend
 from services.gateway.retrieval import Retrieval
 from services.gateway.served import Served
 from services.gateway.server import Server, Servicers
-from services.gateway.servicers import (
-    CacheReads,
-    ClusterReads,
-    CollectionReads,
-    DocumentService,
-    EmbeddingService,
-    SearchService,
-)
+from services.gateway.servicers import CollectionReads, DocumentService, EmbeddingService, SearchService
 from services.gateway.transport import transport_of
 from services.gateway.warming import Warming
 from services.metadata.store import Store

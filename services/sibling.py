@@ -101,7 +101,7 @@ class Sibling:
         """Bring it up and serve; where it answers."""
         settings, config, stack = self._settings, self._config, self._stack
         directory = Path(settings.directory)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # noqa: ASYNC240 - at the start
+        await asyncio.to_thread(directory.mkdir, mode=0o700, parents=True, exist_ok=True)
         log_to(directory)
         gateway = config.gateway
         shared = listen(gateway.http, shares_port=True)

@@ -10,7 +10,7 @@ import psutil
 import psycopg
 
 from services.data_dir import DataDir
-from services.servers.child import _as_user, free_port
+from services.servers.child import as_user, free_port
 from services.servers.postgres import PostgresServer
 
 READY_WITHIN_S = 60.0
@@ -40,7 +40,7 @@ class SecondPostgres:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         with command.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*_as_user(command.uid), *command.argv],
+                [*as_user(command.uid), *command.argv],
                 cwd=command.cwd,
                 env=environment | {"LC_ALL": "C", "TZ": "UTC"},
                 stdin=subprocess.DEVNULL,

@@ -30,7 +30,7 @@ class AnswerEntry(msgspec.Struct, frozen=True, array_like=True, tag=ANSWER_VERSI
 
     def reaches(self, positions: Mapping[str, int]) -> bool:
         """Whether the answer includes the logs up to these positions."""
-        return all(self.positions.get(log_id, -1) >= position for log_id, position in positions.items())
+        return reaches(self.positions, positions)
 
     def encode(self) -> bytes:
         """The entry as bytes."""
@@ -87,11 +87,14 @@ _embedding_decoder = msgspec.msgpack.Decoder(EmbeddingEntry)
 LEAST_LEAD = 1 / 20
 
 
+def reaches(had: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
+    """Whether what is had of each log goes up to what is wanted of it."""
+    return all(had.get(log_id, -1) >= position for log_id, position in wanted.items())
+
+
 def includes(entry: AnswerEntry, known: Mapping[str, int]) -> bool:
     """Whether the answer includes all that is known, and of no other logs than those."""
-    return entry.positions.keys() == known.keys() and all(
-        entry.positions[log_id] >= position for log_id, position in known.items()
-    )
+    return entry.positions.keys() == known.keys() and reaches(entry.positions, known)
 
 
 def due(entry: AnswerEntry, now_ms: int, max_staleness_ms: int, chance: float) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from protos.ringfort import v1 as pb
 from services import tasks
 from services.cache import keys
-from services.cache.envelope import AnswerEntry, due, fresh, includes
+from services.cache.envelope import AnswerEntry, due, fresh, includes, reaches
 from services.cache.single_flight import SingleFlight
 from services.cache.tier import CacheTier
 from services.deadline import Deadline
@@ -217,7 +217,7 @@ class Answers:
 
         flight = name, tuple(positions.items()), question.min_coverage
         answer = await self._flights.run(flight, lead)
-        if led or isinstance(answer, Cached) or _reaches(answer.positions, positions):
+        if led or isinstance(answer, Cached) or reaches(answer.positions, positions):
             return answer
         # Whatever is under way now was begun after this request came.
         return await self._flights.run(flight, lead)
@@ -351,10 +351,6 @@ class Answers:
             "hot_questions": len(self._hot),
             **self._flights.stats(),
         }
-
-
-def _reaches(positions: Mapping[str, int], known: Mapping[str, int]) -> bool:
-    return all(positions.get(log_id, -1) >= position for log_id, position in known.items())
 
 
 def _now_ms() -> int:

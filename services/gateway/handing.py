@@ -13,8 +13,9 @@ from google.protobuf.message import Message
 
 from protos.ringfort import v1 as pb
 from services.deadline import Deadline
+from services.gateway.cluster_service import CacheReads
 from services.gateway.server import SERVICES, Servicers, method_of
-from services.gateway.servicers import CacheReads, Call
+from services.gateway.servicers import Call
 from shard_router.errors import NotImplementedHere, Unavailable
 
 #: By service.

@@ -1,29 +1,28 @@
 """What the head tells further gateways, as messages of protos/ringfort/internal and back."""
 
-import msgspec
-
 from protos.ringfort.internal import v1 as internal
 from services.gateway.served import Served
+from services.shard import parcels
 from shard_router.model import Collection
 from shard_router.resharding import Copy
 from shard_router.shard_map import MapState, Migrating, Retiring, ShardMap, Steady
 
 _PHASES: dict[type[MapState], str] = {Steady: "steady", Migrating: "migrating", Retiring: "retiring"}
-_encoder = msgspec.msgpack.Encoder()
-_collections = msgspec.msgpack.Decoder(Collection)
 
 
 def shape_of(served: Served, opened: dict[Copy, int]) -> internal.Shape:
     """A collection and who answers for it; `opened` are the copies that may be asked, with their numbers."""
     state = served.state
-    steady = isinstance(state, Steady)
+    owners, following = (
+        (state.answering.owners, ()) if isinstance(state, Steady) else (state.old.owners, state.new.owners)
+    )
     return internal.Shape(
-        collection=_encoder.encode(served.collection),
+        collection=parcels.collection_on_wire(served.collection),
         logs={log.database: log.log_id for log in served.logs.values() if log.log_id},
         phase=_PHASES[type(state)],
         epoch=state.epoch,
-        owners=state.answering.owners if isinstance(state, Steady) else state.old.owners,
-        next=() if steady else state.new.owners,  # type: ignore[union-attr]
+        owners=owners,
+        next=following,
         copies=[
             internal.CopyNews(shard=copy.shard, replica=copy.replica, database=copy.database, opened=number)
             for copy, number in sorted(opened.items())
@@ -33,7 +32,7 @@ def shape_of(served: Served, opened: dict[Copy, int]) -> internal.Shape:
 
 def collection_of(shape: internal.Shape) -> Collection:
     """The collection itself."""
-    return _collections.decode(shape.collection)
+    return parcels.collection_from(shape.collection)
 
 
 def state_of(shape: internal.Shape) -> MapState:

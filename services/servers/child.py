@@ -85,7 +85,7 @@ class Child:
             stdin.write(command.stdin)
             stdin.seek(0)
             process = await asyncio.create_subprocess_exec(
-                *_as_user(command.uid),
+                *as_user(command.uid),
                 *command.argv,
                 cwd=command.cwd,
                 env=environment | {"LC_ALL": "C", "TZ": "UTC"},
@@ -174,7 +174,7 @@ def is_free(port: int) -> bool:
     return True
 
 
-def _as_user(uid: int) -> list[str]:
+def as_user(uid: int) -> list[str]:
     """The words to put before a command so that it runs as `uid`; none when that is who we are."""
     if uid == os.geteuid():
         return []

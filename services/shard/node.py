@@ -41,7 +41,7 @@ class ShardNode:
 
     async def Open(self, request: internal.OpenRequest, deadline: Deadline) -> internal.ReplicaState:
         """The replica asked for, opened anew where it fell or follows another log."""
-        collection, slots = parcels.collection_from(request), list(request.slots)
+        collection, slots = parcels.collection_from(request.collection), list(request.slots)
         id = ReplicaId.of(request.replica)
         held = self._held.setdefault(id, _Held())
         async with held.changing:

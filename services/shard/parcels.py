@@ -68,13 +68,18 @@ def open_request(
 ) -> internal.OpenRequest:
     """Asks for a replica that answers for these slots from that epoch on."""
     return internal.OpenRequest(
-        collection=_encoder.encode(collection), replica=replica, slots=slots, epoch=epoch, log_id=log_id
+        collection=collection_on_wire(collection), replica=replica, slots=slots, epoch=epoch, log_id=log_id
     )
 
 
-def collection_from(request: internal.OpenRequest) -> Collection:
-    """The collection of a request for a replica."""
-    return _collections.decode(request.collection)
+def collection_on_wire(collection: Collection) -> bytes:
+    """All that is known of a collection, as MessagePack."""
+    return _encoder.encode(collection)
+
+
+def collection_from(told: bytes) -> Collection:
+    """The collection that `collection_on_wire` told."""
+    return _collections.decode(told)
 
 
 def delta_on_wire(delta: LogDelta) -> internal.Delta:

@@ -4,11 +4,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from uuid import uuid4
 
-import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from made_databases import made_databases
 
 
 @contextmanager
@@ -18,12 +16,5 @@ def lend_partitions(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     if not more:
         yield {}
         return
-    server = request.getfixturevalue("postgres_url")
-    names = {f"east{i}": f"e2e_{uuid4().hex}" for i in range(more)}
-    urls = {partition: make_conninfo(server, dbname=name) for partition, name in names.items()}
-    with psycopg.connect(server, autocommit=True) as connection:
-        for name in names.values():
-            connection.execute(f"CREATE DATABASE {name}".encode())
-        yield {"RINGFORT_METADATA__PARTITIONS": json.dumps(urls)}
-        for name in names.values():
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    with made_databases(request.getfixturevalue("postgres_url")) as make:
+        yield {"RINGFORT_METADATA__PARTITIONS": json.dumps({f"east{i}": make() for i in range(more)})}

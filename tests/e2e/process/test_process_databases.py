@@ -35,6 +35,12 @@ def service(data_dir: Path, second: SecondPostgres) -> Iterator[Killable]:
         yield service
 
 
+def _goes_on(ledger: Ledger) -> None:
+    """Wait until two writes more were acknowledged."""
+    written = ledger.writes
+    eventually(lambda: ledger.failure or ledger.writes >= written + 2, 60)
+
+
 @pytest.mark.timeout(300)
 def test_whatever_is_killed_amid_writes_to_both_nothing_acknowledged_is_lost(
     service: Killable, second: SecondPostgres
@@ -62,8 +68,7 @@ def test_whatever_is_killed_amid_writes_to_both_nothing_acknowledged_is_lost(
                         assert found.coverage.complete
                         time.sleep(rng.uniform(0, 0.4))
                         second.start()
-                written = ledger.writes
-                eventually(lambda: ledger.failure or ledger.writes >= written + 2, 60)  # noqa: B023
+                _goes_on(ledger)
                 ledger.compare()
         finally:
             ledger.close()

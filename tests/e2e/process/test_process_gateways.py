@@ -30,7 +30,10 @@ from services.gateway.siblings import LEASE_S
 LAUNCHER = os.environ.get("COMPOSITION", "processes")
 ENVIRONMENT = {"RINGFORT_CLUSTER__LAUNCHER": LAUNCHER, "RINGFORT_SHARD__MEMTABLE_ROWS": "500"}
 DIM = 8
-WRITERS, READERS = 6, 2
+#: So many writers that some of them are at the other gateway, whichever of the two is stopped.
+WRITERS, READERS = 12, 2
+#: A writer's pause between two writes: answers are to be kept between those of all.
+PAUSE_S = 0.1
 #: Of one document.
 VERSIONS = 20
 READS = 50
@@ -129,7 +132,7 @@ class Adversaries:
                 for version in range(1, VERSIONS + 1):
                     if self._over.is_set() or not self._sent(stub, id, version):
                         break
-                    time.sleep(0.05)
+                    self._over.wait(PAUSE_S)
 
     def _sent(self, stub: DocumentServiceStub, id: str, version: int) -> bool:
         """Whether a version was acknowledged; every fifth is a delete."""
@@ -165,7 +168,7 @@ class Adversaries:
                     continue
                 if answer.status_code != 200:
                     self.reads[name, str(answer.status_code)] += 1
-                    time.sleep(0.05)
+                    self._over.wait(0.05)
                     continue
                 told = answer.json()
                 found = {hit["id"]: int(hit["attributes"]["version"]["int"]) for hit in told["hits"]}
