@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import msgspec
 import psycopg
@@ -78,6 +78,24 @@ def first_line(error: BaseException) -> str:
 def hung_up(error: psycopg.Error, connection: Connection) -> bool:
     """Whether the connection was lost, so that the fate of what was sent is unknown."""
     return connection.closed or isinstance(error, HANG_UPS)
+
+
+@asynccontextmanager
+async def piped_transaction(connection: Connection) -> AsyncIterator[psycopg.AsyncPipeline]:
+    """A transaction whose statements travel together; before an answer is read, and at the end, `sync` it.
+
+    Else the server takes whoever is stopped there for busy, and never ends that transaction: it looks at the
+    time only after a Sync with nothing behind it, and the driver's own transactions flush once more.
+    """
+    async with connection.pipeline() as pipeline:
+        await connection.execute("BEGIN", prepare=False)
+        try:
+            yield pipeline
+        except BaseException:
+            with suppress(psycopg.Error):  # of a connection that was lost there is nothing to roll back
+                await connection.rollback()
+            raise
+        await connection.execute("COMMIT", prepare=False)
 
 
 @contextmanager

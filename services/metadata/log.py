@@ -13,7 +13,7 @@ from psycopg import errors
 
 from services.deadline import Deadline
 from services.metadata.codec import STORED, row_from
-from services.metadata.database import Connection, Database, first_line, hung_up
+from services.metadata.database import Connection, Database, first_line, hung_up, piped_transaction
 from services.metadata.fold import Plan, conditional, fold
 from services.metadata.ownership import Claim, Ownership
 from services.metadata.statements import bare_statement, statement
@@ -170,15 +170,19 @@ class Log:
         async with self._database.connection(deadline.require("database")) as connection:
             try:
                 if plan is None:
-                    async with connection.pipeline(), connection.transaction():
-                        after, current = await _lock_and_read(connection, collection, claim, needed)
+                    async with piped_transaction(connection) as pipeline:
+                        after, current = await _lock_and_read(connection, pipeline, collection, claim, needed)
                         plan = fold(writes, slots, current, after, term=term, dim=dim)
-                        commit = await self._apply(connection, collection, claim, plan, write_id)
+                        commit = await self._apply(connection, collection, claim, plan, write_id, pipeline)
                 else:
                     commit = await self._apply(connection, collection, claim, plan, write_id)
             except errors.UndefinedTable as error:
                 raise NotFound("collection", collection.name) from error
-            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            except (
+                psycopg.OperationalError,
+                psycopg.InterfaceError,
+                errors.IdleInTransactionSessionTimeout,
+            ) as error:
                 if hung_up(error, connection):
                     raise _Unconfirmed(plan) from error
                 raise
@@ -188,7 +192,13 @@ class Log:
         return commit
 
     async def _apply(
-        self, connection: Connection, collection: Collection, claim: Claim, plan: Plan, write_id: uuid.UUID
+        self,
+        connection: Connection,
+        collection: Collection,
+        claim: Claim,
+        plan: Plan,
+        write_id: uuid.UUID,
+        pipeline: psycopg.AsyncPipeline | None = None,
     ) -> Commit:
         log_id = claim.log_id
         if not plan.drafts:
@@ -209,6 +219,8 @@ class Log:
             )
         if plan.checked_at is not None and any(draft.moves for draft in plan.drafts):
             await _move_vectors(connection, collection, plan, plan.checked_at, matrix)
+        if pipeline is not None:
+            await pipeline.sync()
         row = await written.fetchone()
         if row is None:
             await read_position(connection, collection)  # NotFound where the collection is gone
@@ -260,7 +272,11 @@ async def read_position(connection: Connection, collection: Collection) -> int:
 
 
 async def _lock_and_read(
-    connection: Connection, collection: Collection, claim: Claim, needed: Mapping[str, bool]
+    connection: Connection,
+    pipeline: psycopg.AsyncPipeline,
+    collection: Collection,
+    claim: Claim,
+    needed: Mapping[str, bool],
 ) -> tuple[int, dict[str, LogRow]]:
     locked, found = connection.cursor(binary=True), connection.cursor(binary=True)
     await connection.execute(statement("lock_tables", collection.uid), prepare=True)
@@ -272,6 +288,7 @@ async def _lock_and_read(
         "whole": list(needed.values()),
     }
     await found.execute(statement("current", collection.uid), wanted, prepare=True)
+    await pipeline.sync()
     counter = await locked.fetchone()
     if counter is None:
         raise NotFound("collection", collection.name)

@@ -66,20 +66,19 @@ async def test_a_write_that_waits_while_the_claim_is_taken_writes_nothing(
 async def test_a_service_that_was_taken_over_unnoticed_is_refused(
     store: Store, collection: Collection, make_collection: MakeCollection, database_url: str
 ) -> None:
-    async with connected(database_url) as rival:
-        mine = (
-            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    async with connected(database_url) as rival, connected(database_url) as killer:
+        holder = (
+            b"SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted "
+            b"AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
         )
-        (pid,) = await (await rival.execute(mine.encode())).fetchone() or (0,)
+        (pid,) = await (await killer.execute(holder)).fetchone() or (0,)
+        # Who stands in line has it before anybody can try for it.
         key = int.from_bytes(b"ringfort", "big")
-        taken = False
-        while not taken:
-            await rival.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
-            (taken,) = await (await rival.execute("SELECT pg_try_advisory_lock(%s)", [key])).fetchone() or (
-                0,
-            )
-            (pid,) = await (await rival.execute(mine.encode())).fetchone() or (0,)
+        taking = asyncio.create_task(rival.execute("SELECT pg_advisory_lock(%s)", [key]))
+        while (await killer.execute(b"SELECT FROM pg_locks WHERE NOT granted")).rowcount == 0:
+            pass
+        await killer.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        await taking
         await rival.execute("UPDATE ringfort.counters SET claim = %s", [uuid4()])
         with pytest.raises(StorageUnavailable, match=r"claim|another Ringfort service"):
             await write(store, collection, upsert("a"))

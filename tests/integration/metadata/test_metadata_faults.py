@@ -35,6 +35,7 @@ class Fault(Enum):
     LOSE_REQUEST = "the server never gets it"
     LOSE_ANSWER = "the server acts on it, and nobody hears"
     DELAY_REQUEST = "the server gets it later, just before the same write comes once more"
+    HOLD_REQUEST = "the server never gets it, and the connection is not cut: as if the store was stopped"
 
 
 class Wire:
@@ -94,6 +95,10 @@ class Wire:
                     to_server.write(message)
                     continue
                 fault, self.fault = self.fault, None
+                if fault is Fault.HOLD_REQUEST:
+                    while await from_client.read(1 << 20):
+                        pass
+                    break
                 to_client.transport.abort()
                 if fault is Fault.LOSE_ANSWER:
                     to_server.write(message)
@@ -209,6 +214,29 @@ async def test_a_write_whose_fate_is_unknown_happens_once(
     following = await write(wired, collection, upsert("next"))
     assert following.delta is not None
     assert following.delta.after == commit.upto
+
+
+@pytest.mark.parametrize("marker", [MARK, b"COMMIT"], ids=["vector", "COMMIT"])
+async def test_who_is_stopped_within_a_transaction_does_not_keep_others_from_the_log(
+    wire: Wire, make_collection: MakeCollection, marker: bytes
+) -> None:
+    store = await Store.open(wire.url, pool_size=4)
+    try:
+        collection = await warmed_up(store, make_collection)
+        position = await store.position(collection)
+        wire.fault, wire.marker = Fault.HOLD_REQUEST, marker
+        batch = BATCHES["conditional"]
+        stopped = asyncio.create_task(write(store, collection, *batch, within_s=60))
+        while wire.fault is not None:  # noqa: ASYNC110 - a relay sets no event
+            await asyncio.sleep(0.01)
+        # It holds the log's counter.
+        other = await write(store, collection, upsert("meanwhile", 4), within_s=8)
+        assert [outcome.version for outcome in other.outcomes] == [Version(1, position + 1)]
+        commit = await stopped
+        assert commit.upto == await store.position(collection) == position + 1 + len(batch)
+        assert store.stats()["unconfirmed_total"] == 1
+    finally:
+        await store.close()
 
 
 async def test_no_answer_about_a_commit_is_said(
