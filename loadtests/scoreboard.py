@@ -45,7 +45,7 @@ _REINDEX = "this release has no Reindex"
 _LATER = "its load does not exist yet"
 
 #: What users would otherwise run, and what is compared with it.
-PEERS = ("pgvector", "chroma", "lancedb", "qdrant-edge")
+PEERS = ("redisearch", "pgvector", "chroma", "lancedb", "qdrant-edge", "milvus")
 _PEER_LOADS = {
     "c1": "one caller",
     "c16": "16 callers",

@@ -61,7 +61,8 @@ class Choice(NamedTuple):
 def choose(segments: Sequence[SegmentFacts], policy: Policy, *, calm: bool) -> Choice | None:
     """The next rewrite; None where all is well. Segments come oldest first.
 
-    First one that is mostly dead (the smallest live part first, for it frees the most). Then, while it is
+    First all that are mostly dead, as one: while documents are written again and again there are always
+    some, and each by itself would be made anew at every halving, to the last row. Then, while it is
     calm, all the flat ones that fit together, if they are enough for a graph, or with the smallest graph if
     they are much beside it. Then, of the smallest tier with FACTOR segments whose sizes lie within one
     FACTOR, the oldest FACTOR of them. Graphs are made, and made anew, only while it is calm: they cost a
@@ -70,8 +71,8 @@ def choose(segments: Sequence[SegmentFacts], policy: Policy, *, calm: bool) -> C
     movable = [segment for segment in segments if calm or segment.kind is IndexKind.FLAT or not segment.live]
     decayed = [segment for segment in movable if segment.live < segment.rows * LIVE_SHARE]
     if decayed:
-        worst = min(decayed, key=lambda segment: segment.live / segment.rows)
-        return Choice((worst.number,), policy.kind(worst.live, calm))
+        chosen = _fitting(decayed, policy.most_rows) or decayed[:1]
+        return _rewrite(chosen, policy.kind(sum(segment.live for segment in chosen), calm))
     flat = _fitting([segment for segment in movable if segment.kind is IndexKind.FLAT], policy.most_rows)
     kind = policy.kind(sum(segment.live for segment in flat), calm)
     if kind is not IndexKind.FLAT:

@@ -54,4 +54,12 @@ def made(name: str, directory: Path, url: str) -> Contender:
             from loadtests.peers.qdrant import Qdrant
 
             return Qdrant(directory)
+        case "redisearch":
+            from loadtests.peers.redisearch import Redisearch
+
+            return Redisearch(directory)
+        case "milvus":
+            from loadtests.peers.milvus import Milvus
+
+            return Milvus()
     raise ValueError(f"no peer {name!r}")

@@ -1,3 +1,6 @@
+from collections import Counter
+from random import Random
+
 from index_builder.segments import compaction
 from index_builder.segments.compaction import FACTOR, Choice, Policy, SegmentFacts, choose, debt
 from index_builder.segments.index_spec import IndexKind
@@ -36,10 +39,14 @@ def test_no_merge_makes_a_segment_too_large() -> None:
     assert Policy("auto", dim=4096).most_rows < Policy("auto", dim=8).most_rows == compaction.MOST_ROWS
 
 
-def test_a_mostly_dead_segment_is_rewritten_the_deadest_first() -> None:
+def test_mostly_dead_segments_are_rewritten_as_one() -> None:
     assert under_load(facts((100, 50))) is None
-    assert under_load(facts((100, 49), (100, 10), (100, 100))) == ((1,), FLAT)
+    assert under_load(facts((100, 49), (100, 100), (100, 10), (100, 0))) == ((0, 2, 3), FLAT)
     assert under_load(facts((100, 0))) == ((0,), FLAT)
+    # As far as they fit together.
+    most = POLICY.most_rows
+    assert in_calm(facts((2 * most, most - 9), (100, 10), (100, 9), kind=HNSW)) == ((0, 2), HNSW)
+    assert in_calm(facts((3 * most, most + 1), kind=HNSW)) == ((0,), HNSW)
 
 
 def test_flat_segments_that_suffice_become_a_graph_once_it_is_calm() -> None:
@@ -106,6 +113,28 @@ def test_a_steady_load_ends_in_few_segments_and_bounded_work() -> None:
             number += 1
     assert len(segments) <= 3 * (FACTOR - 1)
     assert written <= 3 * 100 * FACTOR**3
+
+
+def test_documents_written_again_and_again_end_in_few_segments_and_bounded_work() -> None:
+    """Also where sealing leaves little time for rewrites, and what is sealed soon dies."""
+    rng = Random(0)
+    documents, sealed, seals = 1_000, 32, 2_000
+    segment_of: dict[int, int] = {}
+    rows: dict[int, int] = {}
+    written = 0
+    for number in range(0, 2 * seals, 2):
+        segment_of.update(dict.fromkeys(rng.sample(range(documents), sealed), number))
+        rows[number] = sealed
+        live = Counter(segment_of.values())
+        if number % 8:
+            continue
+        if choice := under_load([SegmentFacts(n, of, live[n]) for n, of in sorted(rows.items())]):
+            segment_of |= {id: number + 1 for id, at in segment_of.items() if at in choice.numbers}
+            rows[number + 1] = sum(live[n] for n in choice.numbers)
+            written += rows[number + 1]
+            rows = {n: of for n, of in rows.items() if n not in choice.numbers and of}
+        assert len(rows) <= documents // sealed + FACTOR
+    assert written <= 3 * sealed * seals
 
 
 def test_the_debt_is_all_that_will_be_rewritten() -> None:
