@@ -234,6 +234,7 @@ class Resharding:
             case PositionRead(positions):
                 if self.stage is Stage.READING:
                     self.stage, self._positions = Stage.APPLYING, positions
+                    self._applied.clear()  # where positions were read before, a copy came in between
                     return [AwaitApplied(copy, positions[copy.database]) for copy in sorted(self.gaining)]
             case Applied(copy, position):
                 if self.stage is Stage.APPLYING and position >= self._positions[copy.database]:

@@ -82,6 +82,21 @@ def test_a_copy_that_comes_back_begins_again_and_one_that_is_down_is_not_waited_
     assert isinstance(machine.handle(Applied(FIRST, 9))[0], Store)
 
 
+def test_a_position_that_is_read_again_has_to_be_passed_by_every_copy() -> None:
+    machine = migrating(FIRST, SECOND)
+    machine.handle(Backfilled(FIRST))
+    machine.handle(Backfilled(SECOND))
+    machine.handle(PositionRead({HOME: 5}))
+    assert machine.handle(Applied(FIRST, 5)) == []
+    # The old owner answers with later writes by the time the other copy is back.
+    assert machine.handle(Joined(SECOND)) == [Backfill(SECOND, SLOTS)]
+    assert machine.handle(Backfilled(SECOND)) == [ReadPosition()]
+    assert machine.handle(PositionRead({HOME: 9})) == [AwaitApplied(FIRST, 9), AwaitApplied(SECOND, 9)]
+    assert machine.handle(Applied(SECOND, 9)) == []
+    [store] = machine.handle(Applied(FIRST, 9))
+    assert isinstance(store, Store)
+
+
 def test_without_a_copy_of_the_new_owner_nothing_goes_on() -> None:
     machine = migrating(FIRST)
     assert machine.handle(Left(FIRST)) == []
