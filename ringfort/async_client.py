@@ -22,6 +22,7 @@ from ringfort.calls.call import Call, M, method_signature
 from ringfort.documents import Document
 from ringfort.errors import Internal, RingfortError, Unavailable, from_rpc
 from ringfort.results import WriteResult
+from ringfort.together import Together
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +47,10 @@ class AsyncClient:
     gives each batch at least half of that. What can be repeated is sent again, a few times, while the
     service is away. Failures are raised as ringfort.RingfortError. `tls` is True for the system's roots,
     or gRPC credentials.
+
+    With `embed_together`, calls of `embed` made in one turn of the event loop that differ in their texts
+    only are sent as one, up to so many texts at a time. While two versions of a model share the traffic,
+    those meet the same one.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class AsyncClient:
         api_key: str | None = None,
         tls: bool | grpc.ChannelCredentials | None = None,
         timeout_s: float = channels.DEFAULT_TIMEOUT_S,
+        embed_together: int = 1,
     ) -> None:
         self.server = channels.server_address(server)
         self._timeout_s = timeout_s
@@ -63,6 +69,7 @@ class AsyncClient:
         #: By whether gRPC may send a call again; each connects on its first call.
         self._channels = {retries: self._channel(credentials, retries) for retries in (True, False)}
         self._sends: dict[tuple[str, bool], Any] = {}
+        self._together = Together(self._embed, embed_together, timeout_s)
 
     def _channel(self, credentials: grpc.ChannelCredentials | None, retries: bool) -> grpc.aio.Channel:
         options = channels.options(retries=retries)
@@ -181,6 +188,14 @@ class AsyncClient:
 
     async def send(self, call: Call[M, T]) -> M:
         """The service's answer to a call, as the message it came in."""
+        if isinstance(call.request, pb.EmbedRequest):
+            return await self._together.send(call.request)  # type: ignore[return-value]
+        return await self._send(call, self._timeout_s)
+
+    async def _embed(self, request: pb.EmbedRequest, timeout_s: float) -> pb.EmbedResponse:
+        return await self._send(embedding_calls.sent(request), timeout_s)
+
+    async def _send(self, call: Call[M, T], timeout_s: float) -> M:
         key = (call.method, call.repeatable)
         if key not in self._sends:
             self._sends[key] = self._channels[call.repeatable].unary_unary(
@@ -189,7 +204,7 @@ class AsyncClient:
                 response_deserializer=call.answer.FromString,
             )
         try:
-            answer: M = await self._sends[key](call.request, timeout=self._timeout_s, metadata=self._metadata)
+            answer: M = await self._sends[key](call.request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc(error, self.server) from error
         return answer

@@ -39,6 +39,11 @@ def embed(
         truncate=truncate,
         traffic_key=traffic_key,
     )
+    return sent(request)
+
+
+def sent(request: pb.EmbedRequest) -> Call[pb.EmbedResponse, Vector]:
+    """The call of a request that is there already."""
     return Call("EmbeddingService/Embed", request, pb.EmbedResponse, _vectors)
 
 

@@ -9,7 +9,7 @@ from up import Up
 
 from ringfort import AsyncClient, Client
 from ringfort.documents import Document
-from ringfort.errors import NotFound, Unimplemented
+from ringfort.errors import InvalidArgument, NotFound, Unimplemented
 
 
 @pytest.fixture
@@ -50,3 +50,28 @@ async def test_errors_are_the_same(awaited: AsyncClient, collection: str) -> Non
     with pytest.raises(Unimplemented) as unimplemented:
         await awaited.search(collection, text="x", mode="LEXICAL")
     assert unimplemented.value.field == "mode"
+
+
+async def test_embeddings_asked_for_together_are_those_asked_for_alone(
+    service: Up, client: Client, scrape: Scrape
+) -> None:
+    texts = [f"together or alone, {n} " + "word " * (n % 30) for n in range(64)]
+
+    def calls() -> float:
+        counted = "ringfort_rpc_seconds_count{"
+        found = scrape.samples()
+        return sum(value for name, value in found.items() if name.startswith(counted) and '"Embed"' in name)
+
+    before = calls()
+    async with AsyncClient(service.grpc, embed_together=16) as awaited:
+        refused, *found = await asyncio.gather(
+            *(awaited.embed([text]) for text in ("x" * (1 << 20), *texts)), return_exceptions=True
+        )
+    together = calls() - before
+    assert isinstance(refused, InvalidArgument)
+    assert refused.field == "texts[0]"
+    for text, vectors in zip(texts, found, strict=True):
+        assert not isinstance(vectors, BaseException)
+        assert vectors.tobytes() == client.embed([text]).tobytes()
+    # The sixteen that one of them was refused with were asked for again.
+    assert together == 5 + 16
