@@ -27,9 +27,9 @@ class Callers:
     #: For calls measured without the client's own work.
     channel: grpc.aio.Channel
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, *, embed_together: int = 1) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        self._server = server
+        self._server, self._embed_together = server, embed_together
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do something on the callers' event loop."""
@@ -49,7 +49,7 @@ class Callers:
 
     def __enter__(self) -> "Callers":
         async def connect() -> None:
-            self.client = AsyncClient(self._server)
+            self.client = AsyncClient(self._server, embed_together=self._embed_together)
             self.channel = grpc.aio.insecure_channel(self._server)
             self._check = self.channel.unary_unary(
                 "/grpc.health.v1.Health/Check",

@@ -29,6 +29,8 @@ _QUERY_TOKENS, _PASSAGE_TOKENS = 10, 128
 #: Mixed lengths are spread evenly over their logarithm: most texts are short, most tokens are of long ones.
 _LEAST_TOKENS, _MOST_TOKENS = 4, 160
 _CALLERS = 64
+#: Texts that calls made together are sent with, by a client that does that.
+_TOGETHER = 16
 
 
 def measure(run: Run) -> Iterator[Measured]:
@@ -42,7 +44,7 @@ def measure(run: Run) -> Iterator[Measured]:
         "passage": [_text_of(stream, i, _PASSAGE_TOKENS) for i in range(run.sized(2, 1) * _BATCH_ROWS)],
     })  # fmt: skip
     texts = new_texts(run.packages)
-    yield _rpc_us_per_text(run, texts)
+    yield from _rpc_us_per_text(run, texts)
     for side in run.sides:
         yield _added_ms(run, side, texts)
 
@@ -129,37 +131,46 @@ def _mixed(run: Run, engine: Engine, stream: np.ndarray, texts: int) -> tuple[st
     return "lengths by chance", [_text_of(stream, i, length) for i, length in enumerate(lengths)]
 
 
-def _rpc_us_per_text(run: Run, texts: Iterator[str]) -> Measured:
+def _rpc_us_per_text(run: Run, texts: Iterator[str]) -> Iterator[Measured]:
+    """A call for each text, and calls that the client sends together; each on every server."""
     count = run.sized(2_000, 200)
-    spent: dict[str, list[_Spent]] = {side: [] for side in run.sides}
     engine: list[float] = []
+    spent: dict[tuple[str, str], list[_Spent]] = {}
 
-    def round_(all_callers: Mapping[str, Callers]) -> None:
-        asked = list(islice(texts, count))
-        for side, callers in all_callers.items():
+    def round_(all_callers: Mapping[tuple[str, str], Callers]) -> None:
+        for key, callers in all_callers.items():
+            # Nobody finds what another was told.
+            asked = list(islice(texts, count))
 
-            async def call(number: int, client: AsyncClient = callers.client) -> object:
+            async def call(
+                number: int, client: AsyncClient = callers.client, asked: Sequence[str] = asked
+            ) -> object:
                 return await client.embed([asked[number]])
 
-            service = run.sides[side]
+            service = run.sides[key[1]]
             ours = run.costed(partial(callers.calls, _CALLERS, count, call), service)
             empty = run.costed(partial(callers.calls, _CALLERS, count, callers.nothing), service)
-            spent[side].append(_Spent(ours, empty))
+            spent.setdefault(key, []).append(_Spent(ours, empty))
         engine.append(1e6 * run.engine.run(by_length(run.engine.tokenize(asked))).processor_s / count)
 
     with ExitStack() as stack:
-        all_callers = {side: stack.enter_context(Callers(each.grpc)) for side, each in run.sides.items()}
+        all_callers = {
+            (how, side): stack.enter_context(Callers(each.grpc, embed_together=most))
+            for how, most in (("", 1), (".together", _TOGETHER))
+            for side, each in run.sides.items()
+        }
         # One round more than is counted: the first is to warm up.
         for _ in range(run.rounds + 1):
             round_(all_callers)
-    detail = {
-        "unit": "CPU us a text, tokenizing and Valkey included",
-        "engine": median(engine[1:]),
-        **_Spent.detail(spent[""][1:]),
-        **{side.strip("."): _Spent.detail(each[1:]) for side, each in spent.items() if side},
-    }
-    value = excess([each.ours.call_us for each in spent[""][1:]], engine[1:])
-    return Measured("embed.rpc_us_per_text.c64", value, detail)
+    for how in ("", ".together"):
+        detail = {
+            "unit": "CPU us a text, tokenizing and Valkey included",
+            "engine": median(engine[1:]),
+            **_Spent.detail(spent[how, ""][1:]),
+            **{side.strip("."): _Spent.detail(spent[how, side][1:]) for side in run.sides if side},
+        }
+        value = excess([each.ours.call_us for each in spent[how, ""][1:]], engine[1:])
+        yield Measured(f"embed.rpc_us_per_text.c64{how}", value, detail)
 
 
 class _Spent(NamedTuple):
