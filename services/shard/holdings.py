@@ -72,7 +72,8 @@ class Holdings:
             raise ValueError(f"told of epoch {epoch} after epoch {self.epoch}")
         if not self.whole[wanted].all():
             raise ValueError(f"slots {np.flatnonzero(wanted & ~self.whole).tolist()} are not whole here")
-        if not self.epoch or not np.array_equal(wanted, self.served):
+        # Of epochs in between that nobody told of, it is not known what they were to be.
+        if epoch > self.epoch + 1 or not np.array_equal(wanted, self.served):
             self.served, self.since = wanted, epoch
         self.epoch = epoch
 

@@ -72,6 +72,20 @@ def test_an_epoch_is_answered_at_while_the_slots_were_the_same() -> None:
         holdings.require(6)
 
 
+def test_epochs_that_were_not_told_of_are_not_answered_at() -> None:
+    holdings = Holdings(4, [], epoch=2)
+    holdings.follow([1])
+    holdings.complete([1])
+    # At 3 and 4 it was to answer for slot 1, and nobody could tell it; at 5 it is not any more.
+    holdings.serve(5, [])
+    for epoch in (2, 3, 4):
+        with pytest.raises(StaleEpoch):
+            holdings.require(epoch)
+    holdings.require(5)
+    holdings.serve(6, [])
+    holdings.require(5)
+
+
 async def test_slots_are_taken_over_unseen_and_given_away(open_replica: Open, log: MemoryLog) -> None:
     log.write(documents(40))
     replica = await open_replica(slots=EVEN, epoch=1)
