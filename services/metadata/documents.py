@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -59,16 +60,13 @@ class Documents:
         """At most `limit` live documents in order of (slot, id), strictly after `after`; None starts."""
         slot, id = after if after is not None else (-1, "")
         wanted = {"slot": slot, "id": id, "limit": limit, "with_vectors": with_vectors}
-        rows: list[LogRow] = []
-        vectors: dict[int, bytes | None] = {}
         async with self._database.connection() as connection:
             cursor = await _run(connection, "scan", collection, wanted)
+            page = _Page(collection, cursor.rowcount if with_vectors else 0)
             while found := await cursor.fetchmany(DECODE_ROWS):
-                for *stored, vector in found:
-                    vectors[len(rows)] = vector
-                    rows.append(row_from(stored, collection.schema))
+                page.add(found)
                 await asyncio.sleep(0)
-        return rows, matrix_from(rows, vectors, collection) if with_vectors else None
+        return page.rows, page.vectors if with_vectors else None
 
     async def position(self, collection: Collection) -> int:
         """The position of the log's last committed write; 0 for an empty log."""
@@ -100,17 +98,13 @@ class Documents:
             "limit": limit,
             "slots": None if slots is None else list(slots),
         }
-        rows: list[LogRow] = []
-        vectors: dict[int, bytes | None] = {}
         counter, floor = None, 0
         async with self._database.connection() as connection:
             cursor = await _run(connection, "tail", collection, wanted)
+            page = _Page(collection, cursor.rowcount)
             while found := await cursor.fetchmany(DECODE_ROWS):
                 counter, floor = found[0][:2]
-                for _, _, *stored, vector in found:
-                    if stored[0] is not None:
-                        vectors[len(rows)] = vector
-                        rows.append(row_from(stored, collection.schema))
+                page.add([stored for _, _, *stored in found if stored[0] is not None])
                 await asyncio.sleep(0)
             if counter is None:
                 await read_position(connection, collection)  # NotFound where the collection is gone
@@ -119,8 +113,33 @@ class Documents:
             raise UnknownLog(log_id, after, counter)
         if 0 < after < floor and floor > empty_at:
             raise LogPurged(log_id, after, floor)
-        upto = rows[-1].version.seq if len(rows) == limit else counter
-        return LogDelta(log_id, after, upto, rows, matrix_from(rows, vectors, collection)), counter
+        upto = page.rows[-1].version.seq if len(page.rows) == limit else counter
+        return LogDelta(log_id, after, upto, page.rows, page.vectors), counter
+
+
+class _Page:
+    """An answer, decoded piece by piece: in one piece a full one would hold the event loop for 10 ms."""
+
+    def __init__(self, collection: Collection, most: int) -> None:
+        """most: rows with vectors; with 0 those are not looked at."""
+        self.rows: list[LogRow] = []
+        self._collection, self._most = collection, most
+        # Pages of memory that are not written yet cost nothing.
+        self._matrix = np.zeros((most, collection.dim), np.float32)
+
+    def add(self, found: Sequence[Sequence[Any]]) -> None:
+        """Further rows of (slot, id, term, seq, deleted, text, attributes, vector)."""
+        rows = [row_from(stored, self._collection.schema) for *stored, _ in found]
+        if self._most:
+            vectors = {place: vector for place, (*_, vector) in enumerate(found)}
+            start, stop = len(self.rows), len(self.rows) + len(rows)
+            self._matrix[start:stop] = matrix_from(rows, vectors, self._collection)
+        self.rows += rows
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """float32 [rows, dim]."""
+        return self._matrix[: len(self.rows)]
 
 
 async def _run(

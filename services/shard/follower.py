@@ -22,7 +22,7 @@ from shard_router.model import LogDelta
 log = logging.getLogger(__name__)
 
 #: Log rows applied before the event loop gets its turn.
-_SLICE_ROWS = 512
+_SLICE_ROWS = 128
 #: Frozen memtables in memory, at most: when their files cannot be written, the replica falls behind.
 _FROZEN_MOST = 8
 #: Slowest retry of a log that cannot be read.

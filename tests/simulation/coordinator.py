@@ -193,7 +193,8 @@ class Coordinator(Process):
                 told = event(
                     await self._cluster.network.call(self, lambda: replica.reached(self, work), 2 * CALL_S)
                 )
-                if told is not None:
+                # Whoever came back in between is known to have come before it is heard.
+                if told is not None and replica.life == life:
                     return told
             except Unavailable:
                 await asyncio.sleep(FOLLOW_S)
