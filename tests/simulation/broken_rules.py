@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from coordinator import Coordinator
 from database import Database, Fenced
@@ -117,6 +118,30 @@ def goes_on_without_the_claim(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(Database, "position", unchecked)
 
 
+def takes_epochs_it_was_not_told_of_for_the_same(patched: pytest.MonkeyPatch) -> None:
+    serve = Holdings.serve
+
+    def believing(self: Holdings, epoch: int, slots: Any) -> None:
+        since, served = self.since, self.served
+        serve(self, epoch, slots)
+        if np.array_equal(served, self.served):
+            self.since = since
+
+    patched.setattr(Holdings, "serve", believing)
+
+
+def waits_for_the_first_position_alone(patched: pytest.MonkeyPatch) -> None:
+    handle = Resharding.handle
+
+    def satisfied(self: Resharding, event: Event) -> list[Instruction]:
+        applied = set(self._applied) if isinstance(event, PositionRead) else set()
+        instructions = handle(self, event)
+        self._applied |= applied
+        return instructions
+
+    patched.setattr(Resharding, "handle", satisfied)
+
+
 #: Each with a schedule that found it, which is tried first.
 FOUND_BY: dict[Break, int] = {
     answers_at_any_epoch: 1,
@@ -131,6 +156,8 @@ FOUND_BY: dict[Break, int] = {
     grants_end_before_what_is_held: 27,
     forgets_deletes_during_a_backfill: 11,
     does_not_notice_a_change_of_slots: 0,
-    tells_nobody_of_a_change: 8,
+    tells_nobody_of_a_change: 79,
     goes_on_without_the_claim: 27,
+    takes_epochs_it_was_not_told_of_for_the_same: 4,
+    waits_for_the_first_position_alone: 1858,
 }
