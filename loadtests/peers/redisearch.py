@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import redis
-from redis.commands.search.field import NumericField, VectorField
-from redis.commands.search.index_definition import IndexDefinition
 
 from loadtests.peers.contender import BATCH
 
@@ -41,15 +39,15 @@ class Redisearch:
         self._effort = self.efforts[0]
 
     def load(self, vectors: np.ndarray, buckets: np.ndarray) -> None:
-        graph = {
-            "TYPE": "FLOAT32", "DIM": vectors.shape[1], "DISTANCE_METRIC": "COSINE",
-            "M": _LINKS, "EF_CONSTRUCTION": _EF_CONSTRUCTION,
-        }  # fmt: skip
+        graph = (
+            "TYPE", "FLOAT32", "DIM", vectors.shape[1], "DISTANCE_METRIC", "COSINE",
+            "M", _LINKS, "EF_CONSTRUCTION", _EF_CONSTRUCTION,
+        )  # fmt: skip
         self._drop()
-        self._index.create_index(
-            [VectorField("embedding", "HNSW", graph), NumericField("bucket")],
-            definition=IndexDefinition(prefix=["peer:"]),  # type: ignore[no-untyped-call]
-        )
+        self._redis.execute_command(
+            "FT.CREATE", "peer", "PREFIX", 1, "peer:",
+            "SCHEMA", "embedding", "VECTOR", "HNSW", len(graph), *graph, "bucket", "NUMERIC",
+        )  # fmt: skip
         for start in range(0, len(vectors), BATCH):
             pipe = self._redis.pipeline(transaction=False)
             for row in range(start, min(start + BATCH, len(vectors))):

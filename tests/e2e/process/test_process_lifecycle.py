@@ -52,7 +52,8 @@ def test_what_a_library_prints_is_not_taken_for_the_line(
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, threading, time\n"
         "def noise():\n"
-        "    time.sleep(1)\n"
+        "    while not os.path.sameopenfile(1, 2):\n"
+        "        time.sleep(0.01)\n"
         "    while True:\n"
         "        os.write(1, b'noise\\n')\n"
         "        time.sleep(0.1)\n"

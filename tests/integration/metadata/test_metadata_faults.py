@@ -50,6 +50,8 @@ class Wire:
         #: What happens to the next message that contains `marker`.
         self.fault: Fault | None = None
         self.marker = b""
+        #: A message is held.
+        self.held = asyncio.Event()
         #: The server's answer to a message that came late.
         self.late_answer = b""
         #: Connections are refused while it is set.
@@ -96,6 +98,7 @@ class Wire:
                     continue
                 fault, self.fault = self.fault, None
                 if fault is Fault.HOLD_REQUEST:
+                    self.held.set()
                     while await from_client.read(1 << 20):
                         pass
                     break
@@ -227,8 +230,7 @@ async def test_who_is_stopped_within_a_transaction_does_not_keep_others_from_the
         wire.fault, wire.marker = Fault.HOLD_REQUEST, marker
         batch = BATCHES["conditional"]
         stopped = asyncio.create_task(write(store, collection, *batch, within_s=60))
-        while wire.fault is not None:  # noqa: ASYNC110 - a relay sets no event
-            await asyncio.sleep(0.01)
+        await wire.held.wait()
         # It holds the log's counter.
         other = await write(store, collection, upsert("meanwhile", 4), within_s=8)
         assert [outcome.version for outcome in other.outcomes] == [Version(1, position + 1)]
