@@ -24,6 +24,8 @@ _LINKS, _EF_CONSTRUCTION = 32, 200
 #: efSearch, how many rows the walk keeps in hand, for the ten nearest.
 _LADDER = (34, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768)
 _ADD_ROWS = 8192
+_SEED = 1
+_NONE = np.empty(0, np.int64)
 #: Where a share s of rows is allowed, s to this power as many are kept in hand (measured for .05 to .7).
 _NARROWING = -0.45
 #: What keeping one more row in hand costs, in codes compared one after another, in codes picked out by a
@@ -34,8 +36,8 @@ _CODES, _PICKED_CODES, _BITS = 71, 38, 1400
 class GraphIndex:
     """Walks a graph of neighbours; compares all allowed codes where that is less work.
 
-    Safe to search from many threads. Rows that were held aside to measure with are in the places of the
-    last rows, and those in theirs.
+    Safe to search from many threads. In files of earlier releases, rows that were held aside to measure with
+    are in the places of the last rows, and those in theirs.
     """
 
     kind = IndexKind.HNSW
@@ -44,7 +46,7 @@ class GraphIndex:
     scan_share = 1 / 50
 
     def __init__(self, index: Any, held: np.ndarray, rows: int) -> None:
-        """held: those of the rows that are added last, int64, ascending."""
+        """held: those of the rows that are in the places of the last, int64, ascending."""
         self._index = index
         self._codes: Any = faiss.downcast_index(index.storage)
         self.shape = rows, int(index.d)
@@ -62,16 +64,22 @@ class GraphIndex:
         index.hnsw.efConstruction = _EF_CONSTRUCTION
         index.train(vectors)
         held = held_aside(rows)
-        linked = rows - len(held)
-        order = _places(rows, (held, np.arange(linked, rows)))
-        for start in range(0, linked, _ADD_ROWS):
-            index.add(vectors[order[start : min(start + _ADD_ROWS, linked)]])
         present = np.ones(rows, np.bool_)
         present[held] = False
-        built = cls(index, held, rows)
+        # Neighbours in a corpus often come one after another. Linked in that order they find each other and
+        # little else: 100k package descriptions as they came had a recall of .977 at most, in any order .998.
+        order = np.append(np.random.default_rng(_SEED).permutation(np.flatnonzero(present)), held)
+        linked = rows - len(held)
+        for start in range(0, linked, _ADD_ROWS):
+            index.add(vectors[order[start : min(start + _ADD_ROWS, linked)]])
+        built = cls(index, _NONE, rows)
+        built._row_at[:-1] = order
         curve = measure(built, vectors[held], vectors, RowSet(present), metric)
         index.add(vectors[held])
-        return (built, curve) if curve.rungs[-1][1] >= GATE_RECALL else None
+        if curve.rungs[-1][1] < GATE_RECALL:
+            return None
+        index.permute_entries(np.argsort(order))
+        return cls(index, _NONE, rows), curve
 
     @classmethod
     def open(cls, path: Path, held: np.ndarray) -> "GraphIndex":

@@ -212,6 +212,10 @@ class FileWork:
                 self._child = None
         else:
             segment = await self._in_thread(lambda: merge(path, sources, schema, kind, device))
+        if segment is not None and segment.kind is not kind:
+            log.warning(
+                "an index of kind %s finds too little of %s; it is %s", kind, segment.name, segment.kind
+            )
         await self._swap(picks, segment, kind)
         await self._in_thread(lambda: self._shelf.drop([segment.name for segment in parts.values()]))
         self._rewrites += 1
