@@ -9,7 +9,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.py \
 	tests/e2e/process/test_process_gateways.py tests/e2e/test_e2e_search.py \
 	tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_models.py \
-	tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_upsert_stream.py
+	tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_upsert_stream.py \
+	tests/e2e/test_e2e_generations.py
 NATIVE_TESTS = tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_bad_input.py \
 	tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_embedding.py \
 	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_async_client.py
@@ -74,7 +75,8 @@ long: setup-dev  ## the kills, the simulations, the random sequences and the soa
 	KILLS=$(or $(KILLS),200) SEQUENCES=$(or $(SEQUENCES),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
-		tests/e2e/process/test_process_soak.py tests/e2e/process/test_process_resharding.py
+		tests/e2e/process/test_process_soak.py tests/e2e/process/test_process_resharding.py \
+		tests/e2e/process/test_process_generations.py
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .

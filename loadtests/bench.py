@@ -22,6 +22,7 @@ from loadtests import (
     machine,
     observe,
     quality,
+    reindex,
     search,
     start,
     tail,
@@ -43,6 +44,7 @@ MEASURES: Mapping[str, Callable[[Run], Iterator[Measured]]] = {
     "peers": peers.measure,
     "start": start.measure,
     "cluster": cluster.measure,
+    "reindex": reindex.measure,
 }
 BUILD = Path(__file__).parents[1] / "build"
 

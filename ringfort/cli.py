@@ -14,6 +14,7 @@ from ringfort.commands import (
     cluster,
     collections,
     documents,
+    generations,
     jobs,
     load,
     models,
@@ -38,7 +39,13 @@ cluster_app = typer.Typer(help="Look at the service itself, and change its shard
 _PANELS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Run": (service.up, service.demo, observe.top, observe.profile),
     "Search": (queries.search, queries.recommend, queries.embed),
-    "Collections": (collections.collections, collections.create),
+    "Collections": (
+        collections.collections,
+        collections.create,
+        generations.reindex,
+        generations.activate,
+        generations.rollback,
+    ),
     "Documents": (load.load, documents.count, documents.get, documents.scan, documents.delete),
 }
 for _panel, _commands in _PANELS.items():

@@ -292,6 +292,15 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
     replicas.add_column("state")
     for column in ("slots", "documents", "segments", "memtable", "pending", "position", "behind"):
         replicas.add_column(column, justify="right")
+    kept = [
+        Text(
+            f"generation {each.beside.number} beside {each.name}: "
+            f"{each.beside.model or each.beside.index.kind}, {each.beside.behind:,} behind",
+            style="dim",
+        )
+        for each in answer.collections
+        if each.HasField("beside")
+    ]
     for each in answer.collections:
         watermarks = {log.database: log.watermark for log in each.logs}
         for replica in each.replicas:
@@ -318,10 +327,11 @@ def describe(answer: pb.DescribeResponse) -> RenderableType:
     )
     shown: list[RenderableType] = [head]
     shown += [Padding(table, (1, 0, 0, 0), expand=False) for table in (parts, replicas) if table.row_count]
+    shown += kept
     return Group(*shown, Padding(limits, (1, 0, 0, 0), expand=False))
 
 
-def jobs(answer: Iterable[pb.Job]) -> RenderableType:
+def jobs(answer: Sequence[pb.Job]) -> RenderableType:
     """Long operations, one a row."""
     table = _table()
     table.add_column("job", no_wrap=True)
@@ -339,7 +349,13 @@ def jobs(answer: Iterable[pb.Job]) -> RenderableType:
             each.id, each.kind, Text(each.collection), _explained(name, each.message),
             f"{each.done}/{each.total}", took,
         )  # fmt: skip
-    return table
+    return Group(table, *(_figures(each) for each in answer if each.figures))
+
+
+def _figures(job: pb.Job) -> Text:
+    """What a job has found out."""
+    told = " · ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in sorted(job.figures.items()))
+    return Text(f"generation {job.generation}: {told}", style="dim")
 
 
 def cache(answer: pb.CacheStatsResponse) -> RenderableType:

@@ -7,6 +7,7 @@ import asyncio
 import functools
 import ipaddress
 import logging
+import random
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -25,12 +26,16 @@ from services.embedder.loading import load
 from services.front import Addresses, Front, Others, cached, models_of, open_cache
 from services.gateway.catalog import Catalog
 from services.gateway.cluster_service import ShardChanges
+from services.gateway.comparison import Comparison
 from services.gateway.embeddings import Embeddings
 from services.gateway.endpoints import EmbedderEndpoint, ImageEmbedderEndpoint, Shards
+from services.gateway.fanout import FanOut
 from services.gateway.http import listen
+from services.gateway.jobs import Jobs
 from services.gateway.model_service import ModelService
 from services.gateway.models import Models
 from services.gateway.rankers import Rankers
+from services.gateway.reindexer import Reindexer
 from services.gateway.resharder import Resharder
 from services.gateway.servicers import CollectionChanges, IndexService
 from services.gateway.transport import transport_of
@@ -88,10 +93,14 @@ class Embedded:
         model_service = ModelService(models, rankers, store.models, data_dir.models)
         await model_service.open()
         catalog = await self._catalog(store, data_dir)
-        resharder = Resharder(catalog)
-        self._stack.push_async_callback(resharder.close)
+        jobs = Jobs(catalog)
+        comparison = Comparison(store, models, FanOut(random.Random()))
+        resharder, reindexer = Resharder(catalog, jobs), Reindexer(catalog, jobs, models, comparison)
+        self._stack.push_async_callback(reindexer.close)
+        self._stack.push_async_callback(jobs.close)
         others = await self._others(catalog, models, model_service)
-        await resharder.open()
+        await reindexer.open()
+        await jobs.open()
         front = Front(
             self._config,
             self._stack,
@@ -112,10 +121,12 @@ class Embedded:
         changes = {
             "CollectionService": (CollectionChanges(catalog, models, self._config),),
             "ModelService": (model_service,),
-            "IndexService": (IndexService(catalog, resharder),),
+            "IndexService": (IndexService(catalog, jobs, reindexer),),
             "ClusterService": (ShardChanges(catalog, resharder),),
         }
+        front.telemetry.parts.add("reindex", reindexer.stats)
         addresses = await front.start(changes, *http_sockets)
+        reindexer.warm = front.warm
         await self._beside(front, addresses, redis_url, default.manifest)
         return addresses
 

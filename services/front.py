@@ -14,6 +14,7 @@ from index_builder.models.manifest import ModelManifest
 from services.cache.tier import CacheTier
 from services.config import Config
 from services.data_dir import StartupError
+from services.deadline import Deadline
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers, Known, known_here
 from services.gateway.batch import BatchRetrieval
@@ -42,6 +43,9 @@ from services.tracing import Tracing, TracingUnavailable
 from shard_router.errors import RingfortError
 
 log = logging.getLogger(__name__)
+
+#: Answers of a coming generation that are computed in advance, in all and a second.
+WARMED, WARM_RATE = 256, 500
 
 #: What the service is made of, each part with its state and a detail.
 Components = Callable[[], Awaitable[Mapping[str, tuple[str, str]]]]
@@ -97,6 +101,7 @@ class Front:
         self._release, self._composition, self._components = release, composition, components
         self.telemetry = Telemetry(counting=config.telemetry.metrics)
         self.server: Server
+        self._warming: Warming
         #: What answers for each service.
         self.servicers: Servicers = {}
         #: What answers for this gateway alone.
@@ -133,7 +138,8 @@ class Front:
             catalog, cache, config,
             release=self._release, composition=self._composition, components=self._components,
         )  # fmt: skip
-        caches = CacheReads(catalog, cache, answers, Warming(answers))
+        self._warming = Warming(answers)
+        caches = CacheReads(catalog, cache, answers, self._warming)
         self.alone = {"ClusterService": (caches,)}
         everywhere: Servicers = {
             "EmbeddingService": (embedding_service,),
@@ -174,6 +180,10 @@ class Front:
         addresses = Addresses(grpc_address, *map(_address_of, (http_socket, *further)))
         log.info("serving gRPC on %s and HTTP on %s", addresses.grpc, addresses.http)
         return addresses
+
+    async def warm(self, served: Served, deadline: Deadline) -> None:
+        """Compute the answers that are asked for most, of a generation that is about to be the live one."""
+        await self._warming.warm(served, limit=WARMED, rate=WARM_RATE, deadline=deadline)
 
     async def _missing(self) -> str:
         try:

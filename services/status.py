@@ -41,6 +41,7 @@ CODES: dict[type[errors.RingfortError], grpc.StatusCode] = {
     errors.ShardUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.EmbedderUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.StorageUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.GenerationChanged: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.SegmentCorrupt: grpc.StatusCode.DATA_LOSS,
     errors.NotImplementedHere: grpc.StatusCode.UNIMPLEMENTED,

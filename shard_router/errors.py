@@ -188,6 +188,16 @@ class StorageUnavailable(Unavailable):
         self.why, self.database = why, database
 
 
+class GenerationChanged(Unavailable):
+    """Another generation of the collection has become the live one, or is about to."""
+
+    retry_after_ms = 100
+
+    def __init__(self, collection: str, generation: int) -> None:
+        super().__init__(f"generation {generation} of collection {collection!r} is not the live one any more")
+        self.collection, self.generation = collection, generation
+
+
 class DeadlineExceeded(RingfortError):
     """The caller's time ran out."""
 

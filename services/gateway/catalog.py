@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from services import tasks
@@ -59,7 +60,7 @@ class Catalog(Directory):
     async def close(self) -> None:
         """Close every copy."""
         await tasks.end(self._reviewing)
-        for served in self.all():
+        for served in self._open_ones():
             await _close(served)
         self._clear()
 
@@ -78,8 +79,54 @@ class Catalog(Directory):
 
     async def turn(self, served: Served, state: MapState) -> None:
         """Go over to another state of a collection's map; copies that cannot are closed, and opened anew."""
-        for left in await served.turn(state):
-            await left.close()
+        beside = self._other(served)
+        for each in (served,) if beside is None else (served, beside):
+            for left in await each.turn(state):
+                await left.close()
+
+    def change(self, served: Served, *, replicas: int) -> None:
+        """A collection is to have so many copies of each shard, in all generations."""
+        for each in (served, self._other(served)):
+            if each is not None:
+                each.collection = replace(each.collection, replicas=replicas)
+
+    async def open_beside(self, collection: Collection) -> Served:
+        """Follow the log with another generation of a collection that is here, too; it answers nobody yet.
+
+        Its copies are opened in the background.
+        """
+        async with self._changing:
+            self._require_current()
+            return await self._open_beside(collection)
+
+    async def close_beside(self, uid: int) -> None:
+        """Follow the log no more with a collection's other generation, and remove its segments."""
+        async with self._changing:
+            served = self._beside.pop(uid, None)
+            if served is None:
+                return
+            await self.spread()
+            for tell in self.on_drop:
+                await tell(served)
+            async with served.reconciling:
+                await _close(served)
+            await self._shards.forget_all(served.collection)
+
+    async def exchange(self, uid: int) -> Served:
+        """A collection's other generation is the live one from now on, and the one that was is beside it.
+
+        Whoever was admitted before is answered by the one that was.
+        """
+        async with self._changing:
+            self._require_current()
+            live, coming = self._by_uid.get(uid), self._beside.get(uid)
+            if live is None or coming is None:
+                raise NotFound("collection", str(uid))
+            coming.heard(live.positions)
+            self._unindex(live)
+            self._index(coming)
+            self._beside[uid] = live
+            return coming
 
     async def reconcile(self, served: Served) -> None:
         """Open the copies that its map and its number of replicas ask for, and close all others.
@@ -155,16 +202,23 @@ class Catalog(Directory):
             if served is None:
                 raise NotFound("collection", name, "name")
             # Its readers end first: a log that goes away under one would look like a failure.
+            beside = self._other(served)
             await self._drop(served)
             try:
                 await self.store.delete_collection(tenant, name)
             except BaseException:
                 # Still there, as far as we know; the review opens it again.
-                for log in served.logs.values():
-                    log.replicas.clear()
+                for each in (served, beside):
+                    if each is not None:
+                        for log in each.logs.values():
+                            log.replicas.clear()
                 self._index(served)
+                if beside is not None:
+                    self._beside[beside.collection.uid] = beside
                 raise
             await self._shards.forget_all(served.collection)
+            if beside is not None:
+                await self._shards.forget_all(beside.collection)
 
     async def set_alias(self, tenant: str, alias: str, name: str | None) -> None:
         """Point an alias at a collection, or remove it."""
@@ -174,6 +228,8 @@ class Catalog(Directory):
                 served = self._by_name.get((collection.tenant, collection.name))
                 if served is not None:
                     served.collection = collection
+                    if (beside := self._other(served)) is not None:
+                        beside.collection = replace(beside.collection, aliases=collection.aliases)
             self._by_alias = {
                 (served.collection.tenant, a): served
                 for served in self.all()
@@ -183,15 +239,21 @@ class Catalog(Directory):
 
     async def _load(self) -> None:
         log_id, collections = self.store.log_id, await self.store.collections()
+        beside = [each.collection for each in await self.store.generations.beside(collections)]
         for served in await _all_or_none((self._open(c) for c in collections), _close):
             self._index(served)
-        await self._shards.keep_only((c.uid, c.generation) for c in collections)
+        await self._shards.keep_only((c.uid, c.generation) for c in (*collections, *beside))
+        for collection in beside:
+            await self._open_beside(collection)
         self.log_id = log_id
 
     async def _drop(self, *dropped: Served) -> None:
         """Answer for collections no more: end their writers, then their readers."""
+        others = (self._other(served) for served in dropped)
+        dropped = (*dropped, *(other for other in others if other is not None))
         for served in dropped:
             self._unindex(served)
+            self._beside.pop(served.collection.uid, None)
         for served in dropped:
             for tell in self.on_drop:
                 await tell(served)
@@ -227,7 +289,7 @@ class Catalog(Directory):
             for tell in self.on_load:
                 await tell()
         failures: list[Exception] = []
-        for served in self.all():
+        for served in self._open_ones():
             try:
                 self._discard(served)
                 failures += await self._attach(served)
@@ -256,6 +318,24 @@ class Catalog(Directory):
             await _close(served)
             raise
         return served
+
+    async def _open_beside(self, collection: Collection) -> Served:
+        live = self._by_uid.get(collection.uid)
+        if live is None:
+            raise NotFound("collection", collection.name)
+        served = Served(collection, live.state)
+        await self._attach(served)
+        self._beside[collection.uid] = served
+        self.hurry()
+        return served
+
+    def _open_ones(self) -> list[Served]:
+        return [*self.all(), *self._beside.values()]
+
+    def _other(self, served: Served) -> Served | None:
+        """The generation beside the live one."""
+        other = self._beside.get(served.collection.uid)
+        return None if other is served else other
 
     async def _attach(self, served: Served) -> list[RingfortError]:
         """Learn of the logs that are not known and can be; why not of others, the home's excepted: raised."""

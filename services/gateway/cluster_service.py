@@ -58,7 +58,10 @@ class ClusterReads:
                 max_id_bytes=limits.max_id_bytes,
                 max_in_flight=self._config.gateway.max_in_flight,
             ),
-            collections=[self._status(served) for served in self._catalog.of_tenant(call.tenant)],
+            collections=[
+                self._status(served, self._catalog.beside(served.collection.uid))
+                for served in self._catalog.of_tenant(call.tenant)
+            ],
             components=[
                 pb.Component(name=name, state=state, detail=detail)
                 for name, (state, detail) in (await self._components()).items()
@@ -85,7 +88,7 @@ class ClusterReads:
         return pb.HotKeysResponse(keys=hot[:limit])
 
     @staticmethod
-    def _status(served: Served) -> pb.CollectionStatus:
+    def _status(served: Served, beside: Served | None) -> pb.CollectionStatus:
         here, map_state = dict(served.copies()), served.state
         replicas = [
             pb.Replica(
@@ -125,7 +128,7 @@ class ClusterReads:
                     ],
                 )
             )
-        return pb.CollectionStatus(
+        status = pb.CollectionStatus(
             name=served.collection.name,
             generation=served.collection.generation,
             epoch=served.state.epoch,
@@ -143,6 +146,23 @@ class ClusterReads:
             shard_map=type(map_state).__name__.lower(),
             moving_slots=0 if isinstance(map_state, Steady) else sum(map(len, map_state.gains.values())),
         )
+        if beside is not None:
+            status.beside.CopyFrom(_generation_status(beside, served))
+        return status
+
+
+def _generation_status(beside: Served, live: Served) -> pb.GenerationStatus:
+    collection = beside.collection
+    applied: dict[str, list[int]] = {}
+    for copy, replica in beside.copies():
+        applied.setdefault(copy.database, []).append(replica.position)
+    return pb.GenerationStatus(
+        number=collection.generation,
+        model=collection.model or "",
+        space=collection.space,
+        index=pb.IndexSpec(kind=collection.index),
+        behind=sum(max(0, log.position - min(applied.get(log.database, [0]))) for log in live.logs.values()),
+    )
 
 
 class CacheReads:

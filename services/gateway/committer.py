@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from services.deadline import Deadline
 from services.gateway.served import Served
 from services.metadata.store import Store
-from shard_router.errors import NotFound, Overloaded, RingfortError, StorageUnavailable
+from shard_router.errors import GenerationChanged, NotFound, Overloaded, RingfortError, StorageUnavailable
 from shard_router.model import Write, WriteOutcome
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class Committed:
 
     outcomes: Sequence[WriteOutcome]
     positions: Mapping[str, int]
+    #: Whether some were refused because another generation is to be written.
+    late: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +44,8 @@ class _Call:
     done: asyncio.Future[Committed]
     missing_parts: int
     outcomes: list[WriteOutcome] = field(default_factory=list)
+    upto: int = 0
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +135,12 @@ class Committer:
             self._served.look()
         at = 0
         for part in batch:
-            call = part.call
-            call.outcomes += commit.outcomes[at : at + len(part.writes)]
+            call, outcomes = part.call, commit.outcomes[at : at + len(part.writes)]
+            call.outcomes += outcomes
+            call.upto = max(call.upto, commit.upto)
+            if commit.delta is None:  # as after whatever did not go smoothly
+                call.late |= any(isinstance(outcome.error, GenerationChanged) for outcome in outcomes)
             call.missing_parts -= 1
             at += len(part.writes)
             if not call.missing_parts and not call.done.done():
-                call.done.set_result(Committed(call.outcomes, {commit.log_id: commit.upto}))
+                call.done.set_result(Committed(call.outcomes, {commit.log_id: call.upto}, call.late))

@@ -54,7 +54,7 @@ class Committers:
 
     def __init__(self, catalog: Directory) -> None:
         self._catalog = catalog
-        self._of: dict[int, dict[str, Committer]] = {}
+        self._of: dict[Served, dict[str, Committer]] = {}
         catalog.on_drop.append(self._drop)
 
     def submit(self, served: Served, writes: Sequence[Write]) -> Submission:
@@ -82,11 +82,11 @@ class Committers:
         await asyncio.gather(*(each.close() for of in self._of.values() for each in of.values()))
 
     async def _drop(self, served: Served) -> None:
-        of = self._of.pop(served.collection.uid, {})
+        of = self._of.pop(served, {})
         await asyncio.gather(*(each.close() for each in of.values()))
 
     def _committer(self, served: Served, database: str) -> Committer:
-        of = self._of.setdefault(served.collection.uid, {})
+        of = self._of.setdefault(served, {})
         committer = of.get(database)
         if committer is None:
             committer = of[database] = Committer(self._catalog.store, served, database)
@@ -102,9 +102,11 @@ def joined(
     """
     outcomes = [WriteOutcome()] * writes
     positions: dict[str, int] = {}
+    late = False
     for places, result in zip(parts, results, strict=True):
         if isinstance(result, Committed):
             positions.update(result.positions)
+            late |= result.late
             for place, outcome in zip(places, result.outcomes, strict=True):
                 outcomes[place] = outcome
         elif isinstance(result, RingfortError):
@@ -112,7 +114,7 @@ def joined(
                 outcomes[place] = WriteOutcome(error=result.again())
         else:
             raise result
-    return Committed(outcomes, positions)
+    return Committed(outcomes, positions, late)
 
 
 async def _in_time(done: "asyncio.Future[Committed]", deadline: Deadline) -> Committed:

@@ -18,6 +18,8 @@ class Directory:
         self._by_name: dict[tuple[str, str], Served] = {}
         self._by_alias: dict[tuple[str, str], Served] = {}
         self._by_uid: dict[int, Served] = {}
+        #: By number, the generation of a collection that is not the live one.
+        self._beside: dict[int, Served] = {}
         #: The log that everything was opened on.
         self.log_id = ""
         #: Whether other gateways write, too.
@@ -48,6 +50,10 @@ class Directory:
     def of(self, uid: int) -> Served | None:
         """The collection of that number."""
         return self._by_uid.get(uid)
+
+    def beside(self, uid: int) -> Served | None:
+        """That collection's other generation, where there is one beside the live one."""
+        return self._beside.get(uid)
 
     async def positions(self, served: Served) -> Mapping[str, int]:
         """By log, where a collection stands, every acknowledged write included."""
@@ -100,3 +106,4 @@ class Directory:
         self._by_name.clear()
         self._by_alias.clear()
         self._by_uid.clear()
+        self._beside.clear()

@@ -23,7 +23,7 @@ HANDED_ON: dict[str, tuple[str, ...]] = {
     "CollectionService": ("Create", "Delete", "SetAlias"),
     "ModelService": ("Register", "SetTraffic", "Promote", "Rollback"),
     "ClusterService": ("AddShard", "DrainShard", "SetReplicas", "Describe", "CacheStats", "WarmCache"),
-    "IndexService": ("GetJob", "ListJobs", "CancelJob"),
+    "IndexService": ("Reindex", "Activate", "Rollback", "GetJob", "ListJobs", "CancelJob"),
 }
 #: How often a job that is watched is asked after, and how long the head may take to answer.
 WATCH_S, JOB_S = 0.1, 10.0

@@ -4,21 +4,24 @@ One bad document fails alone; a call in which every document is bad fails as a w
 document is written.
 """
 
+import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from protos.ringfort import v1 as pb
 from services import status, wire
 from services.config import Limits
 from services.deadline import Deadline
 from services.embedder.embedder import InputType
+from services.gateway.committer import Committed
 from services.gateway.committers import Committers, Submission
 from services.gateway.directory import Directory
 from services.gateway.models import Models
@@ -26,7 +29,14 @@ from services.gateway.served import Served
 from services.gateway.streams import in_order
 from services.gateway.turns import Turns
 from services.telemetry import stage
-from shard_router.errors import InvalidField, RingfortError, VersionConflict
+from shard_router.errors import (
+    GenerationChanged,
+    InvalidField,
+    NotFound,
+    RingfortError,
+    SpaceMismatch,
+    VersionConflict,
+)
 from shard_router.filters import Filter, check
 from shard_router.model import AttributeValue, Patch, Remove, Upsert, Version, Write, WriteOutcome
 
@@ -40,6 +50,8 @@ Visible = Callable[[Served, Mapping[str, int], Deadline], Awaitable[bool]]
 STREAM_BATCHES = 4
 #: Documents checked before the event loop gets its turn: about half a millisecond.
 SLICE_ROWS = 32
+#: Pause before what another generation is to take is written again.
+AGAIN_S = 0.02
 #: Documents one round of a Delete by filter takes.
 DELETE_ROWS = 2_048
 
@@ -59,7 +71,10 @@ class _Wanting(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A call's writes, each ready for the log or refused, in order."""
+    """A call's writes, each ready for the log or refused, in order.
+
+    `made` are the places of those whose vectors were made here, of their texts.
+    """
 
     served: Served
     #: The request's field that they came in, and their ids.
@@ -67,6 +82,18 @@ class _Checked:
     ids: Sequence[str]
     writes: Sequence[Write | RingfortError]
     wait: "pb.Wait.ValueType"
+    made: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A stream's batch on its way, behind others."""
+
+    checked: _Checked
+    submission: Submission
+    #: Set when what was submitted before is written.
+    after: Sequence[asyncio.Event]
+    written: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +150,31 @@ class Ingest:
     ) -> AsyncIterator[pb.UpsertResponse]:
         """The same for a stream: batches are embedded side by side and committed in order."""
 
-        async def queued() -> AsyncIterator[tuple[_Checked, Submission]]:
+        #: Set when a batch that was submitted is written; those that are not, in order.
+        unwritten: list[asyncio.Event] = []
+
+        async def queued() -> AsyncIterator[_Sent]:
+            before: Served | None = None
             checks = in_order(requests, lambda r: self._check_upsert(r, tenant, deadline), STREAM_BATCHES)
             async with aclosing(checks):
                 async for checked in checks:
-                    yield checked, self._submit(checked)
+                    unwritten[:] = [each for each in unwritten if not each.is_set()]
+                    if before not in (None, checked.served):
+                        # The former generation's may have to be written again, which comes first.
+                        for each in unwritten:
+                            await each.wait()
+                    before = checked.served
+                    sent = _Sent(checked, self._submit(checked), tuple(unwritten))
+                    unwritten.append(sent.written)
+                    yield sent
 
-        written = in_order(queued(), lambda pair: self._finish(*pair, deadline), STREAM_BATCHES)
+        async def finished(sent: _Sent) -> _Written:
+            try:
+                return await self._finish(sent.checked, sent.submission, deadline, after=sent.after)
+            finally:
+                sent.written.set()
+
+        written = in_order(queued(), finished, STREAM_BATCHES)
         async with aclosing(written):
             async for w in written:
                 yield w.told(pb.UpsertResponse())
@@ -160,7 +205,7 @@ class Ingest:
         if request.ids:
             wire.check_rows(request.ids, "ids", self._limits.max_batch_rows)
             ids = wire.keys(request.ids, "ids", self._limits.max_id_bytes)
-            done = await self._committers.submit(served, [Remove(id) for id in ids]).committed(deadline)
+            served, done = await self._committed(served, [Remove(id) for id in ids], deadline)
             for i, outcome in enumerate(done.outcomes):
                 if outcome.error is not None:
                     raise outcome.error.within(f"ids[{i}]")
@@ -170,7 +215,7 @@ class Ingest:
             if filter is None:
                 raise InvalidField("filter", "is empty")
             filter = check(filter, served.collection.schema)
-            deleted, upto = await self._delete_matching(served, filter, deadline)
+            served, deleted, upto = await self._delete_matching(served, filter, deadline)
         return pb.DeleteResponse(
             deleted=deleted,
             visible=request.wait == pb.VISIBLE and await self._visible(served, upto, deadline),
@@ -195,8 +240,9 @@ class Ingest:
             )
             vectors = iter(made.vectors)
         writes = [one.with_vector(next(vectors)) if isinstance(one, _Wanting) else one for one in checked]
+        remade = frozenset(i for i, one in enumerate(checked) if isinstance(one, _Wanting))
         ids = [document.id for document in request.documents]
-        return _Checked(served, "documents", ids, writes, request.wait)
+        return _Checked(served, "documents", ids, writes, request.wait, remade)
 
     async def _documents(
         self, served: Served, request: pb.UpsertRequest
@@ -264,7 +310,7 @@ class Ingest:
 
     async def _delete_matching(
         self, served: Served, filter: Filter, deadline: Deadline
-    ) -> tuple[int, dict[str, int]]:
+    ) -> tuple[Served, int, dict[str, int]]:
         deleted = 0
         upto = served.by_log(await self._catalog.store.positions(served.collection))
         while True:
@@ -275,10 +321,10 @@ class Ingest:
             )
             found = [match for of_shard in matches for match in of_shard][:DELETE_ROWS]
             if not found:
-                return deleted, upto
+                return served, deleted, upto
             # By version: a document that changed meanwhile is looked at again in the next round.
             writes = [Remove(id, version) for id, version in found]
-            done = await self._committers.submit(served, writes).committed(deadline)
+            served, done = await self._committed(served, writes, deadline)
             deleted += sum(outcome.version is not None for outcome in done.outcomes)
             upto |= {log: max(upto.get(log, 0), position) for log, position in done.positions.items()}
             for outcome in done.outcomes:
@@ -296,12 +342,18 @@ class Ingest:
         deadline: Deadline,
         *,
         refuse_all: bool = False,
+        after: Sequence[asyncio.Event] = (),
     ) -> _Written:
         """Wait for the commit and, where asked, for the shards; statuses in the order of the call.
 
-        With `refuse_all`, a call of which every write was refused fails with the first one's error.
+        With `refuse_all`, a call of which every write was refused fails with the first one's error. What has
+        to be written again is so `after` all of these are set.
         """
-        done = await committing.committed(deadline)
+        done, served = await committing.committed(deadline), checked.served
+        if done.late:
+            for each in after:
+                await each.wait()
+            served, done = await self._once_more(checked, done, deadline)
         left = iter(done.outcomes)
         outcomes = [
             WriteOutcome(error=write) if isinstance(write, RingfortError) else next(left)
@@ -315,7 +367,58 @@ class Ingest:
         visible = False
         if checked.wait == pb.VISIBLE:
             began_s = time.perf_counter()
-            visible = await self._visible(checked.served, done.positions, deadline)
+            visible = await self._visible(served, done.positions, deadline)
             _VISIBLE.took(time.perf_counter() - began_s)
         token = wire.token_on_wire(done.positions) if any(done.positions.values()) else None
         return _Written(checked.ids, outcomes, visible, token)
+
+    async def _committed(
+        self, served: Served, writes: Sequence[Write], deadline: Deadline
+    ) -> tuple[Served, Committed]:
+        """Writes without vectors, committed; and the generation that was the live one by then."""
+        done = await self._committers.submit(served, writes).committed(deadline)
+        if not done.late:
+            return served, done
+        return await self._once_more(_Checked(served, "", (), writes, pb.DURABLE), done, deadline)
+
+    async def _once_more(
+        self, checked: _Checked, done: Committed, deadline: Deadline
+    ) -> tuple[Served, Committed]:
+        """Write again what was refused because another generation becomes the live one, when it is that.
+
+        Vectors that were made here are made again, in its space; those that were brought have to be of it.
+        """
+        served = checked.served
+        writes: list[Write] = [write for write in checked.writes if not isinstance(write, RingfortError)]
+        places = [i for i, write in enumerate(checked.writes) if not isinstance(write, RingfortError)]
+        made = {at for at, place in enumerate(places) if place in checked.made}
+        outcomes, positions = list(done.outcomes), dict(done.positions)
+        while late := [i for i, o in enumerate(outcomes) if isinstance(o.error, GenerationChanged)]:
+            await asyncio.sleep(min(AGAIN_S, deadline.require("the change of generations")))
+            now = self._catalog.of(served.collection.uid)
+            if now is None:
+                raise NotFound("collection", served.collection.name)
+            if now is not served:
+                texts = [
+                    write.text or "" for i in late if i in made and isinstance(write := writes[i], Upsert)
+                ]
+                vectors: Iterator[np.ndarray] = iter(())
+                if texts:
+                    again = await self._models.embed_for(
+                        now.collection, texts, InputType.DOCUMENT, deadline, use_cache=False
+                    )
+                    vectors = iter(again.vectors)
+                for i in late:
+                    if i in made and isinstance(write := writes[i], Upsert):
+                        writes[i] = structs.replace(write, vector=next(vectors))
+                    elif isinstance(writes[i], Upsert) and now.collection.space != served.collection.space:
+                        refusal = SpaceMismatch(served.collection.space, now.collection.space)
+                        outcomes[i] = WriteOutcome(error=refusal.within("vector"))
+                served = now
+                late = [i for i in late if isinstance(outcomes[i].error, GenerationChanged)]
+            told = await self._committers.submit(served, [writes[i] for i in late]).committed(deadline)
+            for i, outcome in zip(late, told.outcomes, strict=True):
+                outcomes[i] = outcome
+            for log_id, position in told.positions.items():
+                positions[log_id] = max(positions.get(log_id, 0), position)
+        return served, Committed(outcomes, positions)

@@ -41,6 +41,8 @@ class Served:
         self.reconciling = asyncio.Lock()
         #: Makes sure that the copies have what everybody was told is visible; None where nobody else tells.
         self.assure: Assure | None = None
+        #: Set when it is known of a later position.
+        self.moved = asyncio.Event()
         #: Told of every copy that has joined (True), or is about to leave.
         self.on_copy: list[Callable[[Copy, bool], None]] = []
         #: The latest epoch that a commit told of; and set whenever `state` changes.
@@ -104,12 +106,14 @@ class Served:
         log = self.logs[database]
         if commit.log_id == log.log_id:  # else it is opened anew, and has what was committed
             log.committed(commit.upto, commit.delta)
+            self.moved.set()
 
     def heard(self, positions: Mapping[str, int]) -> None:
         """The logs have come so far, by a write of another gateway, which handed its rows to the copies."""
         for log in self.logs.values():
             if log.log_id in positions:
                 log.heard(positions[log.log_id])
+        self.moved.set()
 
     @property
     def positions(self) -> Mapping[str, int]:

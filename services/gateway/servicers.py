@@ -22,14 +22,15 @@ from services.gateway.catalog import Catalog
 from services.gateway.directory import Directory
 from services.gateway.documents import Documents
 from services.gateway.ingest import Ingest
+from services.gateway.jobs import Job, Jobs, Kind
 from services.gateway.models import Models, require_dimension, space_at
 from services.gateway.recommend import Recommend
-from services.gateway.resharder import Job, Resharder
+from services.gateway.reindexer import Reindexer
 from services.gateway.retrieval import Retrieval
 from services.gateway.served import Served
 from services.gateway.streams import in_order
 from services.metadata.jobs import JobState
-from shard_router.errors import InvalidField, NotFound
+from shard_router.errors import InvalidField, NotFound, NotImplementedHere
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,127}")
 ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -44,6 +45,8 @@ JOB_STATES = {
     JobState.FAILED: pb.Job.FAILED,
     JobState.CANCELLED: pb.Job.CANCELLED,
 }
+#: Jobs that are about a generation.
+OF_GENERATIONS = (Kind.REINDEX, Kind.ACTIVATE)
 MAX_SHARDS = 64
 MAX_REPLICAS = 64
 
@@ -324,26 +327,47 @@ def collection_message(served: Served, models: Models) -> pb.Collection:
 class IndexService:
     """Long operations, as jobs to watch."""
 
-    def __init__(self, catalog: Catalog, resharder: Resharder) -> None:
+    def __init__(self, catalog: Catalog, jobs: Jobs, reindexer: Reindexer) -> None:
         self._catalog = catalog
-        self._resharder = resharder
+        self._jobs = jobs
+        self._reindexer = reindexer
+
+    async def Reindex(self, request: pb.ReindexRequest, call: Call) -> pb.Job:
+        if request.source_collection:
+            raise NotImplementedHere("IndexService.Reindex from another collection", "source_collection")
+        if request.index.kind not in ("", *INDEX_KINDS):
+            raise InvalidField("index.kind", f"{request.index.kind!r} is none of {', '.join(INDEX_KINDS)}")
+        served = self._catalog.resolve(call.tenant, request.collection)
+        return job_message(await self._reindexer.reindex(served, request.model, request.index.kind))
+
+    async def Activate(self, request: pb.ActivateRequest, call: Call) -> pb.ActivateResponse:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        return _live_message(await self._reindexer.activate(served, request.generation, call.deadline))
+
+    async def Rollback(self, request: pb.RollbackRequest, call: Call) -> pb.ActivateResponse:
+        served = self._catalog.resolve(call.tenant, request.collection)
+        return _live_message(await self._reindexer.rollback(served, call.deadline))
 
     async def GetJob(self, request: pb.GetJobRequest, call: Call) -> pb.Job:
-        return job_message(await self._resharder.job(self._catalog.of_tenant(call.tenant), request.id))
+        return job_message(await self._jobs.job(self._catalog.of_tenant(call.tenant), request.id))
 
     async def ListJobs(self, request: pb.ListJobsRequest, call: Call) -> pb.ListJobsResponse:
         of = self._catalog.of_tenant(call.tenant)
         if request.collection:
             of = [self._catalog.resolve(call.tenant, request.collection)]
-        return pb.ListJobsResponse(jobs=[job_message(job) for job in await self._resharder.jobs(of)])
+        return pb.ListJobsResponse(jobs=[job_message(job) for job in await self._jobs.all(of)])
 
     async def WatchJob(self, request: pb.WatchJobRequest, call: Call) -> AsyncIterator[pb.Job]:
-        async for job in self._resharder.watch(self._catalog.of_tenant(call.tenant), request.id):
+        async for job in self._jobs.watch(self._catalog.of_tenant(call.tenant), request.id):
             yield job_message(job)
 
     async def CancelJob(self, request: pb.CancelJobRequest, call: Call) -> pb.Job:
         of = self._catalog.of_tenant(call.tenant)
-        return job_message(await self._resharder.cancel(of, request.id, call.deadline))
+        return job_message(await self._jobs.cancel(of, request.id, call.deadline))
+
+
+def _live_message(served: Served) -> pb.ActivateResponse:
+    return pb.ActivateResponse(generation=served.collection.generation, space=served.collection.space)
 
 
 def job_message(job: Job) -> pb.Job:
@@ -354,11 +378,12 @@ def job_message(job: Job) -> pb.Job:
         kind=record.kind,
         collection=job.served.collection.name,
         state=JOB_STATES[record.state],
-        generation=job.served.collection.generation,
+        generation=record.argument if record.kind in OF_GENERATIONS else job.served.collection.generation,
         done=job.done,
         total=job.total,
         message=job.message,
         started_at=wire.timestamp(record.started_at_us),
+        figures=job.figures,
     )
     if record.ended_at_us is not None:
         message.ended_at.CopyFrom(wire.timestamp(record.ended_at_us))

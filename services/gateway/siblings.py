@@ -36,30 +36,47 @@ SETTLE_S = 5.0
 CarryOut = Callable[[str, str, str, bytes, Deadline], Awaitable[bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A generation, as it was when it was last told of."""
+
+    collection: Collection
+    state: MapState
+    #: The copies that may be asked.
+    copies: dict[Copy, ShardEndpoint]
+    logs: frozenset[str]
+
+    @classmethod
+    def of(cls, served: Served) -> "_Seen":
+        """As it is now."""
+        copies = {copy: replica for copy, replica in served.copies() if not replica.fell.is_set()}
+        return cls(served.collection, served.state, copies, frozenset(served.positions))
+
+    def is_still(self, other: "_Seen") -> bool:
+        """Whether nothing has changed but, perhaps, positions."""
+        same = self.collection is other.collection and self.state is other.state
+        return same and self.copies == other.copies and self.logs == other.logs
+
+
 @dataclass(slots=True)
 class _Told:
     """What was last told of a collection, and in which version."""
 
-    collection: Collection
-    state: MapState
-    #: The copies that may be asked, and the number of the opening of each.
-    copies: dict[Copy, ShardEndpoint]
-    opened: dict[Copy, int]
-    #: All of that as a message, and the version that told of it.
+    live: _Seen
+    beside: _Seen | None
+    #: All of that as messages, and the version that told of it.
     shape: internal.Shape
+    beside_shape: internal.Shape | None
     shaped: int
     #: By log, what was told to be visible, and the version that told of it last.
     positions: dict[str, int]
     moved: int
 
-    def is_of(self, served: Served, copies: dict[Copy, ShardEndpoint]) -> bool:
+    def is_still(self, live: _Seen, beside: _Seen | None) -> bool:
         """Whether nothing has changed but, perhaps, positions."""
-        return (
-            self.collection is served.collection
-            and self.state is served.state
-            and self.copies == copies
-            and served.positions.keys() == self.positions.keys()
-        )
+        if self.beside is None or beside is None:
+            return self.live.is_still(live) and self.beside is beside
+        return self.live.is_still(live) and self.beside.is_still(beside)
 
 
 class Siblings:
@@ -85,8 +102,9 @@ class Siblings:
         self._told: dict[int, _Told] = {}
         self._log_id = ""
         self._registry = 0
-        #: Counts the copies that were opened.
+        #: Counts the copies that were opened, and by collection the numbers of those that may be asked.
         self._opened = 0
+        self._numbers: dict[int, dict[ShardEndpoint, int]] = {}
         #: Set, and replaced, whenever there is something to tell, or somebody said something.
         self._news, self._said = asyncio.Event(), asyncio.Event()
         #: Those whose copies are listened to.
@@ -159,15 +177,19 @@ class Siblings:
         the copies that may not be asked any more.
         """
         deadline = Deadline(deadline.at_s - REST_S, deadline.clock)
-        # Before anything is waited for: a copy that joins from now on has it.
-        served.heard(positions)
-        if not self._move(served, positions):
-            return False
-        if not await served.wait_for(positions, deadline) or not self._is_served(served):
-            return False
+        while True:
+            now = self._catalog.of(served.collection.uid)
+            if now is None:
+                return False
+            # Before anything is waited for: a copy that joins from now on has it.
+            now.heard(positions)
+            if not self._move(now, positions) or not await now.wait_for(positions, deadline):
+                return False
+            if self._is_served(now):
+                break  # else it was dropped, or another generation is live, which has what was written before
         # In the same turn of the event loop: who fell was not waited for, and may not be asked by anybody.
-        self._look_at(served)
-        told = self._told[served.collection.uid]
+        self._look_at(now)
+        told = self._told[now.collection.uid]
         return await self._heard_by_all(max(told.moved, told.shaped), deadline)
 
     async def settled(self) -> None:
@@ -269,27 +291,30 @@ class Siblings:
         if gone:
             for uid in gone:
                 del self._told[uid]
+                del self._numbers[uid]
             self._whole = self._tell()
-        self._listening &= set(here.values())
+        beside = {uid: self._catalog.beside(uid) for uid in here}
+        every = {*here.values(), *(each for each in beside.values() if each is not None)}
+        self._listening &= every
+        for served in every - self._listening:
+            self._listening.add(served)
+            served.on_copy.append(lambda _, __: self._changed.set())
         for served in here.values():
-            if served not in self._listening:
-                self._listening.add(served)
-                served.on_copy.append(lambda _, __: self._changed.set())
             self._look_at(served)
 
     def _look_at(self, served: Served) -> None:
         uid = served.collection.uid
-        told = self._told.get(uid)
-        copies = {copy: replica for copy, replica in served.copies() if not replica.fell.is_set()}
-        if told is not None and told.is_of(served, copies):
+        told, other = self._told.get(uid), self._catalog.beside(uid)
+        live, beside = _Seen.of(served), None if other is None else _Seen.of(other)
+        if told is not None and told.is_still(live, beside):
             return
-        opened: dict[Copy, int] = {}
-        for copy, replica in copies.items():
-            if told is not None and told.copies.get(copy) is replica:
-                opened[copy] = told.opened[copy]
-            else:
-                self._opened += 1
-                opened[copy] = self._opened
+        known_numbers, numbers = self._numbers.get(uid, {}), dict[ShardEndpoint, int]()
+        for seen in (live, beside):
+            for replica in () if seen is None else seen.copies.values():
+                if replica not in known_numbers:
+                    self._opened += 1
+                numbers[replica] = known_numbers.get(replica, self._opened)
+        self._numbers[uid] = numbers
         known: Mapping[str, int] = {} if told is None else told.positions
         # All that was visible before anybody was told of anything.
         positions = {log_id: known.get(log_id, at) for log_id, at in served.positions.items()}
@@ -297,9 +322,14 @@ class Siblings:
         if told is not None and known.keys() == positions.keys():
             moved = told.moved
         self._told[uid] = _Told(
-            served.collection, served.state, copies, opened, news.shape_of(served, opened), version,
-            positions, moved,
-        )  # fmt: skip
+            live,
+            beside,
+            _shape(served, live, numbers),
+            None if other is None or beside is None else _shape(other, beside, numbers),
+            version,
+            positions,
+            moved,
+        )
 
     def _since(self, version: int) -> internal.News:
         """All that has changed since a version."""
@@ -314,6 +344,7 @@ class Siblings:
                     collection=uid,
                     positions=told.positions,
                     shape=told.shape if whole or told.shaped > version else None,
+                    beside=told.beside_shape if whole or told.shaped > version else None,
                 )
                 for uid, told in self._told.items()
                 if whole or max(told.shaped, told.moved) > version
@@ -329,6 +360,10 @@ class Siblings:
                 self._look()
             except Exception:
                 log.exception("what has changed cannot be told to other gateways")
+
+
+def _shape(served: Served, seen: _Seen, numbers: Mapping[ShardEndpoint, int]) -> internal.Shape:
+    return news.shape_of(served, {copy: numbers[replica] for copy, replica in seen.copies.items()})
 
 
 class _Heard:

@@ -1,7 +1,8 @@
 """Reads of a collection's documents and of its log."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,15 @@ from services.metadata.codec import matrix_from, row_from
 from services.metadata.database import Connection, Database
 from services.metadata.log import read_position
 from services.metadata.ownership import Ownership
-from services.metadata.statements import statement
-from shard_router.errors import LogPurged, NotFound, StorageUnavailable, UnknownLog
+from services.metadata.statements import bare_statement, statement
+from shard_router.errors import (
+    GenerationChanged,
+    LogPurged,
+    NotFound,
+    SegmentCorrupt,
+    StorageUnavailable,
+    UnknownLog,
+)
 from shard_router.hashing import slots_of
 from shard_router.model import Collection, LogDelta, LogRow
 
@@ -52,7 +60,8 @@ class Documents:
                     rows[place - 1] = row_from(stored, collection.schema)
                     vectors[place - 1] = vector
                 await asyncio.sleep(0)
-        return rows, matrix_from(rows, vectors, collection) if with_vectors else None
+            async with self._of_live(connection, collection):
+                return rows, matrix_from(rows, vectors, collection) if with_vectors else None
 
     async def scan(
         self, collection: Collection, after: tuple[int, str] | None, limit: int, *, with_vectors: bool
@@ -63,15 +72,26 @@ class Documents:
         async with self._database.connection() as connection:
             cursor = await _run(connection, "scan", collection, wanted)
             page = _Page(collection, cursor.rowcount if with_vectors else 0)
-            while found := await cursor.fetchmany(DECODE_ROWS):
-                page.add(found)
-                await asyncio.sleep(0)
+            async with self._of_live(connection, collection):
+                while found := await cursor.fetchmany(DECODE_ROWS):
+                    page.add(found)
+                    await asyncio.sleep(0)
         return page.rows, page.vectors if with_vectors else None
 
     async def position(self, collection: Collection) -> int:
         """The position of the log's last committed write; 0 for an empty log."""
         async with self._database.connection() as connection:
             return await read_position(connection, collection)
+
+    async def reached(self, collection: Collection) -> int:
+        """The position up to which its generation has the vectors of all documents."""
+        wanted = {"uid": collection.uid, "generation": collection.generation}
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(bare_statement("reached"), wanted)
+            row = await cursor.fetchone()
+        if row is None:
+            raise NotFound("collection", collection.name)
+        return int(row[0])
 
     async def tail(
         self,
@@ -85,14 +105,16 @@ class Documents:
 
         Of these slots only, where any are given.
 
-        `upto` is the log's position if everything fitted, else that of the last row. Nothing at or below
-        `upto` can appear later. Raises UnknownLog where the log never was at `after`, and LogPurged where it
-        has forgotten deletes beyond `after` that concern the reader: not those at or below `empty_at`, where
-        the log stood when the reader began with nothing, for it has seen no document that they removed.
+        The log ends where the collection's generation has the vectors of all documents. `upto` is that
+        position if everything fitted, else that of the last row. Nothing at or below `upto` can appear later.
+        Raises UnknownLog where the log never was at `after`, and LogPurged where it has forgotten deletes
+        beyond `after` that concern the reader: not those at or below `empty_at`, where the log stood when the
+        reader began with nothing, for it has seen no document that they removed.
         """
         log_id = self._ownership.claim.log_id
         wanted = {
             "uid": collection.uid,
+            "generation": collection.generation,
             "log_id": log_id,
             "after": after,
             "limit": limit,
@@ -115,6 +137,19 @@ class Documents:
             raise LogPurged(log_id, after, floor)
         upto = page.rows[-1].version.seq if len(page.rows) == limit else counter
         return LogDelta(log_id, after, upto, page.rows, page.vectors), counter
+
+    @asynccontextmanager
+    async def _of_live(self, connection: Connection, collection: Collection) -> AsyncIterator[None]:
+        """A vector that is missing is no damage where writes bring those of another generation by now."""
+        try:
+            yield
+        except SegmentCorrupt:
+            wanted = {"uid": collection.uid, "claim": self._ownership.claim.id}
+            cursor = await connection.execute(bare_statement("written_by"), wanted)
+            row = await cursor.fetchone()
+            if row is not None and row[1] != collection.generation:
+                raise GenerationChanged(collection.name, collection.generation) from None
+            raise
 
 
 class _Page:

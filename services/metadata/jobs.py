@@ -1,6 +1,8 @@
 """Long operations on collections, as they are remembered."""
 
+import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -24,7 +26,7 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """One job; `argument` is the shard or the number of replicas it is about."""
+    """One job; `argument` is the shard, the number of replicas or the generation it is about."""
 
     id: str
     collection_uid: int
@@ -34,6 +36,8 @@ class JobRecord:
     message: str
     started_at_us: int
     ended_at_us: int | None
+    #: What it has found out, by name.
+    figures: Mapping[str, float]
 
 
 class Jobs:
@@ -58,10 +62,17 @@ class Jobs:
         assert row is not None, "it was inserted"
         return _record(row)
 
-    async def end(self, id: str, state: JobState, message: str) -> JobRecord | None:
+    async def end(
+        self, id: str, state: JobState, message: str, figures: Mapping[str, float] | None = None
+    ) -> JobRecord | None:
         """A running job has ended so; None where it is not there, or is not running."""
         await self._ownership.require(REGAIN_WAIT_S)
-        values = {"id": uuid.UUID(id), "state": state.value, "message": message}
+        values = {
+            "id": uuid.UUID(id),
+            "state": state.value,
+            "message": message,
+            "figures": json.dumps(figures or {}),
+        }
         async with self._database.connection() as connection:
             cursor = await connection.execute(bare_statement("end_job"), values)
             row = await cursor.fetchone()
@@ -81,7 +92,7 @@ class Jobs:
 
 
 def _record(row: tuple[object, ...]) -> JobRecord:
-    id, uid, kind, state, argument, message, started_at_us, ended_at_us = row
+    id, uid, kind, state, argument, message, started_at_us, ended_at_us, figures = row
     return JobRecord(
-        str(id), uid, kind, JobState(state), argument, message, started_at_us, ended_at_us  # type: ignore[arg-type]
+        str(id), uid, kind, JobState(state), argument, message, started_at_us, ended_at_us, figures  # type: ignore[arg-type]
     )  # fmt: skip

@@ -19,6 +19,7 @@ from services.metadata.ownership import Claim, Ownership
 from services.metadata.statements import bare_statement, statement
 from shard_router.errors import (
     DeadlineExceeded,
+    GenerationChanged,
     InvalidField,
     NotFound,
     Overloaded,
@@ -84,6 +85,8 @@ class Log:
 
         At most TRANSACTION_ROWS writes are one transaction, more are several. A document that cannot be
         stored fails alone. `delta` is None after either, and where a lost commit had to be looked up.
+        Where the collection's generation is not the one that writes bring vectors of, GenerationChanged is
+        the outcome.
         Raises NotFound (the collection is gone), Overloaded, StorageUnavailable, DeadlineExceeded; after
         the last two some or all of the batch may be committed.
         """
@@ -122,6 +125,10 @@ class Log:
                 async with self._database.connection(deadline.require("database")) as connection:
                     upto = await read_position(connection, collection)
                 return Commit(self._ownership.claim.log_id, upto, [outcome], None)
+        except GenerationChanged as changed:
+            # Nothing of this part; others may have been committed before.
+            outcomes = [WriteOutcome(error=changed.again()) for _ in writes]
+            return Commit(self._ownership.claim.log_id, 0, outcomes, None)
         self._counts["bisections"] += 1
         half = len(writes) // 2
         parts = (writes[:half], writes[half:])
@@ -223,8 +230,7 @@ class Log:
             await pipeline.sync()
         row = await written.fetchone()
         if row is None:
-            await read_position(connection, collection)  # NotFound where the collection is gone
-            raise _Superseded
+            raise await _refusal(connection, collection, claim)
         after, number, epoch = row
         self._numbers[collection.uid] = max(number, self._numbers.get(collection.uid, 0))
         upto = after + plan.positions
@@ -262,6 +268,19 @@ class Log:
         raise StorageUnavailable(f"whether a transaction was committed cannot be told: {why}")
 
 
+async def _refusal(connection: Connection, collection: Collection, claim: Claim) -> Exception:
+    """Why a counter did not take a write."""
+    wanted = {"uid": collection.uid, "claim": claim.id}
+    cursor = await connection.execute(bare_statement("written_by"), wanted)
+    row = await cursor.fetchone()
+    if row is None:
+        return NotFound("collection", collection.name)
+    held, generation = row
+    if held and generation != collection.generation:
+        return GenerationChanged(collection.name, collection.generation)
+    return _Superseded()
+
+
 async def read_position(connection: Connection, collection: Collection) -> int:
     """The log's counter; NotFound where the collection is gone."""
     cursor = await connection.execute(bare_statement("position"), {"uid": collection.uid}, prepare=True)
@@ -294,6 +313,8 @@ async def _lock_and_read(
         raise NotFound("collection", collection.name)
     if not counter[1]:
         raise _Superseded
+    if counter[2] != collection.generation:
+        raise GenerationChanged(collection.name, collection.generation)
     rows = [row_from(row, collection.schema) for row in await found.fetchall()]
     return counter[0], {row.id: row for row in rows}
 
@@ -311,6 +332,7 @@ async def _write_rows(
     values = {
         "uid": collection.uid,
         "claim": claim.id,
+        "generation": collection.generation,
         "term": claim.term,
         "write_id": write_id,
         "remembered": REMEMBERED,
@@ -356,4 +378,5 @@ def _joined(commits: Sequence[Commit]) -> Commit:
     if len(commits) == 1:
         return commits[0]
     outcomes = [outcome for commit in commits for outcome in commit.outcomes]
-    return Commit(commits[-1].log_id, commits[-1].upto, outcomes, None, commits[-1].epoch)
+    upto, epoch = max(commit.upto for commit in commits), max(commit.epoch for commit in commits)
+    return Commit(commits[-1].log_id, upto, outcomes, None, epoch)

@@ -124,6 +124,11 @@ class Partition:
         with self.named():
             return await self._documents.position(collection)
 
+    async def reached(self, collection: Collection) -> int:
+        """Where that log ends for who follows it for the collection's generation."""
+        with self.named():
+            return await self._documents.reached(collection)
+
     async def tail(
         self, collection: Collection, after: int, limit: int, empty_at: int, slots: Sequence[int] | None
     ) -> tuple[LogDelta, int]:

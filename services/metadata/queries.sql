@@ -59,10 +59,13 @@ WHERE NOT EXISTS (SELECT FROM aliases WHERE tenant = %(tenant)s AND alias = %(na
 ON CONFLICT (tenant, name) DO NOTHING
 RETURNING generation, schema_version;
 
--- create_counter: an empty log
+-- create_counter: an empty log, and the table of vectors that its writes fill
 INSERT INTO counters (collection_uid, claim) VALUES (%(uid)s, %(claim)s);
 
--- create_tables: documents by slot and id, and the first generation's vectors
+-- add_embedded: a generation has a table of vectors here
+INSERT INTO embedded (collection_uid, generation) VALUES (%(uid)s, %(generation)s) ON CONFLICT DO NOTHING;
+
+-- create_tables: documents by slot and id
 CREATE TABLE {documents} (
     slot       integer NOT NULL,
     id         text COLLATE "C" NOT NULL,
@@ -75,7 +78,9 @@ CREATE TABLE {documents} (
 ) PARTITION BY HASH (slot);
 CREATE INDEX {documents}_seq ON {documents} (seq);
 CREATE INDEX {documents}_dead ON {documents} (seq) WHERE deleted;
-CREATE TABLE {vectors} (
+
+-- create_vectors: one generation's vectors
+CREATE TABLE IF NOT EXISTS {vectors} (
     slot    integer NOT NULL,
     id      text COLLATE "C" NOT NULL,
     doc_seq bigint NOT NULL,
@@ -94,14 +99,98 @@ SELECT uid, tenant, name, dim, metric, schema, schema_version, model, slots, sha
        ARRAY(SELECT alias FROM aliases WHERE collection_uid = uid ORDER BY alias) AS aliases
 FROM collections ORDER BY uid;
 
--- find_collection: a collection's identity by name
-SELECT uid, generation FROM collections WHERE tenant = %(tenant)s AND name = %(name)s;
+-- find_collection: a collection's number by name
+SELECT uid FROM collections WHERE tenant = %(tenant)s AND name = %(name)s;
 
 -- drop_registration: forget a collection; its counter and aliases go with it
 DELETE FROM collections WHERE uid = %(uid)s RETURNING created_at_us, databases;
 
--- registration: what is known of a collection by its number
-SELECT generation, created_at_us FROM collections WHERE uid = %(uid)s;
+-- registration: when the collection of that number was made
+SELECT created_at_us FROM collections WHERE uid = %(uid)s;
+
+-- generations: all that a collection has had, and what they were made with
+SELECT number, state, model, dim, space, index FROM generations
+WHERE collection_uid = %(uid)s ORDER BY number;
+
+-- generations_beside: those that are not live, of all collections
+SELECT collection_uid, number, state, model, dim, space, index FROM generations
+WHERE state IN ('building', 'ready', 'previous') ORDER BY collection_uid, number;
+
+-- add_generation: one more than there were, unless there is one beside the live one
+INSERT INTO generations (collection_uid, number, state, model, dim, space, index)
+SELECT %(uid)s, 1 + max(number), 'building', %(model)s, %(dim)s, %(space)s, %(index)s
+FROM generations WHERE collection_uid = %(uid)s
+HAVING bool_and(state IN ('live', 'dropped'))
+RETURNING number;
+
+-- add_first_generation: what a collection begins with
+INSERT INTO generations (collection_uid, number, state, model, dim, space, index)
+VALUES (%(uid)s, %(generation)s, 'live', %(model)s, %(dim)s, %(space)s, %(index)s);
+
+-- set_generation_state: what has become of a generation that is not the live one
+UPDATE generations SET state = %(state)s
+WHERE collection_uid = %(uid)s AND number = %(generation)s AND state IN ('building', 'ready', 'previous');
+
+-- replace_live: the live generation is so no more
+UPDATE generations SET state = %(state)s WHERE collection_uid = %(uid)s AND state = 'live';
+
+-- make_live: another one is
+UPDATE generations SET state = 'live' WHERE collection_uid = %(uid)s AND number = %(generation)s;
+
+-- set_live: a collection is what its live generation is
+UPDATE collections c SET generation = g.number, model = g.model, dim = g.dim, space = g.space, index = g.index
+FROM generations g WHERE c.uid = %(uid)s AND g.collection_uid = c.uid AND g.state = 'live';
+
+-- close_writes: nothing more is written; the generation that was has all vectors up to where the log stands
+WITH closed AS (
+    UPDATE counters SET generation = 0
+    WHERE collection_uid = %(uid)s AND claim = %(claim)s AND generation IN (0, %(generation)s) RETURNING seq
+)
+UPDATE embedded SET upto = greatest(upto, closed.seq) FROM closed
+WHERE collection_uid = %(uid)s AND generation = %(generation)s RETURNING closed.seq;
+
+-- open_writes: writes bring vectors of this generation
+UPDATE counters SET generation = %(generation)s
+WHERE collection_uid = %(uid)s AND claim = %(claim)s RETURNING generation;
+
+-- textless: documents that have no text to make another vector of
+SELECT count(*) FROM {documents} WHERE NOT deleted AND coalesce(text, '') = '';
+
+-- to_embed: documents of which a generation has no vectors yet, in order, and where the log stands
+SELECT t.seq, t.after, t.place, t.slot, t.id, t.deleted, t.text,
+       CASE WHEN %(with_vectors)s THEN (
+           SELECT v.vector FROM {vectors} v WHERE v.slot = t.slot AND v.id = t.id AND v.doc_seq = t.place
+       ) END
+FROM (
+    SELECT c.seq, e.upto AS after, d.* FROM counters c JOIN embedded e USING (collection_uid)
+    LEFT JOIN LATERAL (
+        SELECT seq AS place, slot, id, deleted, text FROM {documents}
+        WHERE seq > e.upto ORDER BY seq LIMIT %(limit)s
+    ) d ON true
+    WHERE c.collection_uid = %(uid)s AND e.generation = %(generation)s
+      AND (SELECT log_id FROM logs) = %(log_id)s
+    ORDER BY d.place
+) t
+ORDER BY t.place;
+
+-- put_vectors: vectors of documents as of their positions, unless there is a later one, and up to where that is all
+WITH batch AS (
+    SELECT slot, id, seq,
+           substring(%(matrix)b::bytea FROM ((row - 1) * %(row_bytes)s + 1)::integer FOR %(row_bytes)s) AS vector
+    FROM unnest(%(slots)b::int4[], %(ids)b::text[], %(seqs)b::int8[]) WITH ORDINALITY AS rows (slot, id, seq, row)
+), put AS (
+    INSERT INTO {vectors} AS v (slot, id, doc_seq, vector) SELECT slot, id, seq, vector FROM batch
+    ON CONFLICT (slot, id) DO UPDATE SET doc_seq = excluded.doc_seq, vector = excluded.vector
+    WHERE v.doc_seq < excluded.doc_seq
+), removed AS (
+    DELETE FROM {vectors} v
+    USING unnest(%(gone_slots)b::int4[], %(gone_ids)b::text[], %(gone_seqs)b::int8[]) AS gone (slot, id, seq)
+    WHERE v.slot = gone.slot AND v.id = gone.id AND v.doc_seq < gone.seq
+)
+UPDATE embedded SET upto = %(upto)s
+WHERE collection_uid = %(uid)s AND generation = %(generation)s AND upto = %(after)s
+  AND EXISTS (SELECT FROM counters c WHERE c.collection_uid = %(uid)s AND c.claim = %(claim)s)
+RETURNING upto;
 
 -- leave_over: partitions may have tables of a collection that is not there
 INSERT INTO leftovers (collection_uid, created_at_us, database)
@@ -123,8 +212,17 @@ DELETE FROM leftovers WHERE collection_uid = %(uid)s AND database = %(database)s
 -- drop_recent_writes: forget a collection's recent transactions
 DELETE FROM recent_writes WHERE collection_uid = %(uid)s;
 
--- drop_tables: a collection's documents and vectors
-DROP TABLE {documents}, {vectors};
+-- drop_tables: a collection's documents
+DROP TABLE {documents};
+
+-- drop_vectors_table: a generation's vectors
+DROP TABLE IF EXISTS {vectors};
+
+-- tables_of_vectors: the generations that have one here
+SELECT generation FROM embedded WHERE collection_uid = %(uid)s ORDER BY generation;
+
+-- drop_embedded: a generation has none any more
+DELETE FROM embedded WHERE collection_uid = %(uid)s AND generation = %(generation)s;
 
 -- set_alias: point an alias at a collection
 INSERT INTO aliases (tenant, alias, collection_uid) VALUES (%(tenant)s, %(alias)s, %(uid)s)
@@ -197,30 +295,38 @@ UPDATE collections SET replicas = %(replicas)s WHERE uid = %(uid)s;
 -- begin_job: a job that runs
 INSERT INTO jobs (id, collection_uid, kind, state, argument)
 VALUES (%(id)s, %(uid)s, %(kind)s, 'running', %(argument)s)
-RETURNING id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us;
+RETURNING id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us, figures;
 
 -- end_job: a job has come to its end
-UPDATE jobs SET state = %(state)s, message = %(message)s,
+UPDATE jobs SET state = %(state)s, message = %(message)s, figures = %(figures)s,
                 ended_at_us = (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
 WHERE id = %(id)s AND state = 'running'
-RETURNING id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us;
+RETURNING id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us, figures;
 
 -- jobs: the latest jobs of some collections
-SELECT id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us
+SELECT id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us, figures
 FROM jobs WHERE collection_uid = ANY (%(uids)s) ORDER BY started_at_us DESC LIMIT 256;
 
 -- running_jobs: the jobs that have not ended
-SELECT id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us
+SELECT id, collection_uid, kind, state, argument, message, started_at_us, ended_at_us, figures
 FROM jobs WHERE state = 'running' ORDER BY started_at_us;
 
 -- position: where a log stands
 SELECT seq FROM counters WHERE collection_uid = %(uid)s;
 
+-- reached: the same, as far as a generation has the vectors of all documents
+SELECT CASE WHEN c.generation = %(generation)s THEN c.seq ELSE coalesce(e.upto, 0) END
+FROM counters c LEFT JOIN embedded e ON e.collection_uid = c.collection_uid AND e.generation = %(generation)s
+WHERE c.collection_uid = %(uid)s;
+
+-- written_by: whether the claim is still held, and which generation writes bring vectors of
+SELECT claim = %(claim)s, generation FROM counters WHERE collection_uid = %(uid)s;
+
 -- lock_tables: come before whoever drops them; a writer always has its tables before its counter
 LOCK TABLE ONLY {documents} IN ROW EXCLUSIVE MODE;
 
 -- lock_counter: be the only writer of a log until the transaction ends; whether the claim is still held
-SELECT seq, claim = %(claim)s FROM counters WHERE collection_uid = %(uid)s FOR UPDATE;
+SELECT seq, claim = %(claim)s, generation FROM counters WHERE collection_uid = %(uid)s FOR UPDATE;
 
 -- current: what a batch's conditional writes are checked against; text and attributes only where they stay
 SELECT d.slot, d.id, d.term, d.seq, d.deleted,
@@ -232,7 +338,7 @@ JOIN {documents} d ON d.slot = wanted.slot AND d.id = wanted.id;
 -- write_rows: take positions and write the batch, in one statement and so in one round trip
 WITH counter AS (
     UPDATE counters SET seq = seq + %(positions)s, writes = writes + 1
-    WHERE collection_uid = %(uid)s AND claim = %(claim)s
+    WHERE collection_uid = %(uid)s AND claim = %(claim)s AND generation = %(generation)s
     RETURNING seq - %(positions)s AS after, writes, epoch
 ), remembered AS (
     INSERT INTO recent_writes (collection_uid, place, write_id, after)
@@ -293,18 +399,24 @@ FROM (
 ) d
 ORDER BY d.slot, d.id;
 
--- tail: the counter, the purge floor and the rows (of some slots) beyond a position; one statement, one snapshot
+-- tail: the position, the purge floor and the rows (of some slots) beyond a position; one statement, one snapshot
 SELECT t.counter, t.purge_floor, t.slot, t.id, t.term, t.seq, t.deleted, t.text, t.attributes, (
            SELECT v.vector FROM {vectors} v WHERE v.slot = t.slot AND v.id = t.id AND v.doc_seq = t.seq
        )
 FROM (
     -- sorted in here, so that vectors are not carried through the sort
-    SELECT c.seq AS counter, c.purge_floor, d.* FROM counters c LEFT JOIN LATERAL (
+    SELECT c.counter, c.purge_floor, d.* FROM (
+        SELECT CASE WHEN k.generation = %(generation)s THEN k.seq ELSE coalesce(e.upto, 0) END AS counter,
+               k.purge_floor
+        FROM counters k
+        LEFT JOIN embedded e ON e.collection_uid = k.collection_uid AND e.generation = %(generation)s
+        WHERE k.collection_uid = %(uid)s AND (SELECT log_id FROM logs) = %(log_id)s
+    ) c LEFT JOIN LATERAL (
         SELECT slot, id, term, seq, deleted, text, attributes FROM {documents}
-        WHERE seq > %(after)s AND (%(slots)s::int4[] IS NULL OR slot = ANY (%(slots)s::int4[]))
+        WHERE seq > %(after)s AND seq <= c.counter
+          AND (%(slots)s::int4[] IS NULL OR slot = ANY (%(slots)s::int4[]))
         ORDER BY seq LIMIT %(limit)s
     ) d ON true
-    WHERE c.collection_uid = %(uid)s AND (SELECT log_id FROM logs) = %(log_id)s
     ORDER BY d.seq
 ) t
 ORDER BY t.seq;

@@ -1,6 +1,7 @@
 """Collections and their aliases."""
 
 import json
+from collections.abc import Container
 
 import psycopg
 
@@ -49,6 +50,7 @@ class Registry:
             if cursor.rowcount != len(collection.databases) - 1:
                 raise StorageUnavailable("making the collection took too long")
             await _create_tables(connection, collection, claim)
+            await connection.execute(bare_statement("add_first_generation"), made_with(collection))
 
     async def adopt(self, collection: Collection) -> bool:
         """In a partition, make tables and a log for a collection.
@@ -71,14 +73,14 @@ class Registry:
         async with self._database.connection() as connection, connection.transaction():
             await connection.execute(bare_statement("lock_registry"))
             known = await _registration(connection, uid)
-            if known is not None and known[1] == created_at_us:
-                await _drop(connection, uid, known[0])
+            if known == created_at_us:
+                await _drop(connection, uid)
 
     async def holds(self, collection: Collection) -> bool:
         """Whether this database has the collection's tables, and not those of another of its number."""
         async with self._database.connection() as connection:
             known = await _registration(connection, collection.uid)
-        return known is not None and known[1] == collection.created_at_us
+        return known == collection.created_at_us
 
     async def collections(self) -> list[Collection]:
         """All collections of all tenants, oldest first, with their aliases."""
@@ -106,8 +108,8 @@ class Registry:
         """
         async with self._database.connection() as connection, connection.transaction():
             await connection.execute(bare_statement("lock_registry"))
-            uid, generation = await _find(connection, tenant, name)
-            created_at_us, databases = await _drop(connection, uid, generation)
+            uid = await _find(connection, tenant, name)
+            created_at_us, databases = await _drop(connection, uid)
             partitions = [database for database in databases if database != HOME]
             if partitions:
                 await _leave_over(connection, uid, created_at_us, partitions)
@@ -127,7 +129,7 @@ class Registry:
                 if cursor.rowcount == 0:
                     raise NotFound("alias", alias)
                 return
-            uid, _ = await _find(connection, tenant, collection)
+            uid = await _find(connection, tenant, collection)
             names = {"tenant": tenant, "name": alias}
             if await (await connection.execute(bare_statement("find_collection"), names)).fetchone():
                 raise AlreadyExists("collection", alias, "alias")
@@ -135,12 +137,40 @@ class Registry:
             await connection.execute(bare_statement("set_alias"), values)
 
 
-async def _find(connection: Connection, tenant: str, name: str) -> tuple[int, int]:
+def made_with(collection: Collection) -> dict[str, object]:
+    """What a collection's generation is made with, as statements ask for it."""
+    return {
+        "uid": collection.uid,
+        "generation": collection.generation,
+        "model": collection.model,
+        "dim": collection.dim,
+        "space": collection.space,
+        "index": collection.index,
+    }
+
+
+async def add_vectors(connection: Connection, uid: int, generation: int) -> None:
+    """A table of vectors for a generation."""
+    await connection.execute(statement("create_vectors", uid, generation))
+    await connection.execute(bare_statement("add_embedded"), {"uid": uid, "generation": generation})
+
+
+async def drop_vectors(connection: Connection, uid: int, keep: Container[int] = ()) -> None:
+    """No tables of vectors any more but of these generations."""
+    cursor = await connection.execute(bare_statement("tables_of_vectors"), {"uid": uid})
+    for (generation,) in await cursor.fetchall():
+        if generation not in keep:
+            await connection.execute(statement("drop_vectors_table", uid, generation))
+            gone = {"uid": uid, "generation": generation}
+            await connection.execute(bare_statement("drop_embedded"), gone)
+
+
+async def _find(connection: Connection, tenant: str, name: str) -> int:
     cursor = await connection.execute(bare_statement("find_collection"), {"tenant": tenant, "name": name})
     row = await cursor.fetchone()
     if row is None:
         raise NotFound("collection", name)
-    return row[0], row[1]
+    return int(row[0])
 
 
 async def _register(connection: Connection, collection: Collection, tenant: str, name: str) -> bool:
@@ -165,24 +195,26 @@ async def _register(connection: Connection, collection: Collection, tenant: str,
     return await cursor.fetchone() is not None
 
 
-async def _registration(connection: Connection, uid: int) -> tuple[int, int] | None:
-    """Generation and time of the collection of that number, where there is one."""
+async def _registration(connection: Connection, uid: int) -> int | None:
+    """When the collection of that number was made, where there is one."""
     cursor = await connection.execute(bare_statement("registration"), {"uid": uid})
     row = await cursor.fetchone()
-    return None if row is None else (row[0], row[1])
+    return None if row is None else int(row[0])
 
 
 async def _create_tables(connection: Connection, collection: Collection, claim: Claim) -> None:
     uid = collection.uid
     await connection.execute(bare_statement("create_counter"), {"uid": uid, "claim": claim.id})
-    await connection.execute(statement("create_tables", uid, collection.generation))
+    await connection.execute(statement("create_tables", uid))
+    await add_vectors(connection, uid, collection.generation)
     for part in range(PARTITIONS):
         await connection.execute(statement("create_partition", uid, part=part))
 
 
-async def _drop(connection: Connection, uid: int, generation: int) -> tuple[int, list[str]]:
+async def _drop(connection: Connection, uid: int) -> tuple[int, list[str]]:
     """Forget a collection; its time and its databases."""
-    await connection.execute(statement("drop_tables", uid, generation))
+    await connection.execute(statement("drop_tables", uid))
+    await drop_vectors(connection, uid)
     await connection.execute(bare_statement("drop_recent_writes"), {"uid": uid})
     cursor = await connection.execute(bare_statement("drop_registration"), {"uid": uid})
     row = await cursor.fetchone()

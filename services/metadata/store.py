@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import numpy as np
 
 from services.deadline import Deadline
+from services.metadata.generations import Generations
 from services.metadata.jobs import Jobs
 from services.metadata.leftovers import Leftovers
 from services.metadata.models import ModelVersions
@@ -48,6 +49,8 @@ class Store:
         self.models = ModelVersions(home.database, home.ownership)
         #: Who owns which slot of a collection.
         self.shard_maps = ShardMaps(home.database, home.ownership, self._followers)
+        #: Complete indexes of a collection, each in one embedding space.
+        self.generations = Generations(home.database, home.ownership, self._databases)
         #: Long operations.
         self.jobs = Jobs(home.database, home.ownership)
 
@@ -209,7 +212,7 @@ class Store:
         await self._registry.set_alias(tenant, alias, collection)
 
     async def attach(self, collection: Collection, database: str = HOME) -> tuple[str, int]:
-        """The identity of the collection's log in a database, and where it stands.
+        """The identity of the collection's log in a database, and where it ends for its generation.
 
         StorageUnavailable also where the database is not configured, or holds nothing of the collection.
         """
@@ -218,7 +221,7 @@ class Store:
             log_id = partition.log_id
             if database != HOME and not await partition.registry.holds(collection):
                 raise StorageUnavailable(f"it holds nothing of the collection {collection.name!r}")
-            position = await partition.position(collection)
+            position = await partition.reached(collection)
             if partition.log_id != log_id:
                 raise StorageUnavailable(f"the log is another than {log_id}")
         return log_id, position
@@ -360,6 +363,10 @@ class Store:
     def _followers(self, collection: Collection) -> list[Partition]:
         """The partitions that have documents of a collection."""
         return [self._partition(database) for database in collection.databases if database != HOME]
+
+    def _databases(self, collection: Collection) -> list[Partition]:
+        """All databases that have documents of a collection, the home first."""
+        return [self._partition(database) for database in collection.databases]
 
     async def _miss(self, say: Callable[[str], None]) -> None:
         """Say which databases are needed and not configured."""

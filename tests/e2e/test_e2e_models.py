@@ -13,17 +13,16 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from model_files import DEFAULT, made_model, said
 from refusal import refused
 from rpc import Rpc
 from up import Up, lend_model
 from waiting import eventually
 
-from index_builder.models.space import variant_id
 from protos.ringfort import v1 as pb
 from ringfort import Client
 from ringfort.errors import FailedPrecondition, RingfortError
 
-DEFAULT = "all-minilm-l6-v2@1"
 Artifact = Callable[..., Path]
 
 
@@ -38,24 +37,9 @@ def artifact(model_dir: Path, tmp_path: Path, name: str) -> Artifact:
     """Makes model directories: the default model's files under another name, with what else is said of it."""
 
     def make(version: str = "1", **facts: object) -> Path:
-        directory = shutil.copytree(model_dir / DEFAULT / "int8", tmp_path / f"{name}-{version}")
-        said(directory, name=name, version=version, **facts)
-        return directory
+        return made_model(model_dir, tmp_path / f"{name}-{version}", name=name, version=version, **facts)
 
     return make
-
-
-def said(directory: Path, **facts: object) -> None:
-    """Say something else in a manifest, whose variant follows from its space."""
-    path = directory / "manifest.json"
-    told = {**json.loads(path.read_text()), **facts}
-    told["variant"] = variant_id(
-        space=told["space"],
-        precision=told["precision"],
-        engine="onnx",
-        artifact_sha256=told["files"]["model.onnx"],
-    )
-    path.write_text(json.dumps(told))
 
 
 def register(rpc: Rpc, directory: Path) -> pb.Model:

@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 import psycopg
 import pytest
+from google.protobuf.message import Message
 from psycopg.conninfo import make_conninfo
 
 from index_builder.segments.index_spec import DEFAULT_EFFORT
@@ -21,11 +22,15 @@ from protos.ringfort.internal.v1 import shard_node_pb2, siblings_pb2
 from services.config import Limits
 from services.deadline import Deadline
 from services.gateway.catalog import Catalog
+from services.gateway.comparison import Comparison
+from services.gateway.directory import Directory
 from services.gateway.fanout import FanOut
 from services.gateway.following import Following
 from services.gateway.handing import WatchedJobs, carry_out
 from services.gateway.ingest import Ingest
+from services.gateway.jobs import Jobs
 from services.gateway.mirror import Mirror
+from services.gateway.reindexer import Reindexer
 from services.gateway.remote_shards import RemoteShards
 from services.gateway.resharder import Resharder
 from services.gateway.served import Served
@@ -120,13 +125,19 @@ class House:
         self.catalog = Catalog(self.store, self.shards)
         await self.catalog.load()
         self.stack.push_async_callback(self.catalog.close)
-        self.resharder = Resharder(self.catalog)
-        self.stack.push_async_callback(self.resharder.close)
+        self.jobs = Jobs(self.catalog)
+        self.resharder = Resharder(self.catalog, self.jobs)
+        models = cast("Any", None)  # nothing is embedded
+        comparison = Comparison(self.store, models, FanOut(random.Random()))
+        self.reindexer = Reindexer(self.catalog, self.jobs, models, comparison)
+        self.stack.push_async_callback(self.reindexer.close)
+        self.stack.push_async_callback(self.jobs.close)
         self.siblings = Siblings(
             self.catalog, self._carry_out, self._load, clock=time.monotonic, lease_s=LEASE_S
         )
         self.stack.push_async_callback(self.siblings.close)
-        await self.resharder.open()
+        await self.reindexer.open()
+        await self.jobs.open()
         self.address = "127.0.0.1:0"
         await self.speak()
         self.stack.push_async_callback(self.silence)
@@ -176,7 +187,7 @@ class House:
     async def _carry_out(
         self, service: str, method: str, tenant: str, request: bytes, deadline: Deadline
     ) -> bytes:
-        servicers = {"IndexService": (IndexService(self.catalog, self.resharder),)}
+        servicers = {"IndexService": (IndexService(self.catalog, self.jobs, self.reindexer),)}
         return await carry_out(servicers, service, method, tenant, request, deadline)
 
     async def create(self, name: str, *, replicas: int = 1) -> Served:
@@ -394,6 +405,65 @@ async def test_shards_are_added_while_both_read_and_write(house: House) -> None:
     assert mirrored.state == served.state
     assert served.shard_map.shards == (0, 1, 2)
     assert await found(mirrored) == written
+
+
+async def test_generations_are_exchanged_everywhere_under_writes_and_reads(house: House) -> None:
+    await house.create("notes")
+    written: set[str] = set()
+    over = asyncio.Event()
+
+    async def write(ingest: Ingest, prefix: str) -> None:
+        number = 0
+        while not over.is_set():
+            id = f"{prefix}{number % 40}"
+            told = await ingest.upsert(request(id), "default", Deadline.after(20))
+            assert not told.statuses[0].code, told.statuses[0]
+            assert told.visible
+            written.add(id)
+            number += 1
+
+    async def read(directory: Directory) -> None:
+        while not over.is_set():
+            before = set(written)
+            assert before <= await found(directory.resolve("default", "notes"))
+
+    async def asked(method: str, message: Message) -> bytes:
+        return await house.following.hand_on(
+            "IndexService", method, "default", message.SerializeToString(), Deadline.after(60)
+        )
+
+    def generations() -> tuple[int, int]:
+        head, mirrored = (each.resolve("default", "notes") for each in (house.catalog, house.mirror))
+        return head.collection.generation, mirrored.collection.generation
+
+    busy = [
+        asyncio.create_task(each)
+        for each in (
+            write(house.ingest, "h"), write(house.mirror_ingest, "m"), read(house.catalog), read(house.mirror)
+        )
+    ]  # fmt: skip
+    try:
+        for number, kind in ((2, "flat"), (3, "auto")):
+            wanted = pb.ReindexRequest(collection="notes", index=pb.IndexSpec(kind=kind))
+            begun = pb.Job.FromString(await asked("Reindex", wanted))
+            watched = WatchedJobs(house.following.hand_on).WatchJob(
+                pb.WatchJobRequest(id=begun.id), Call("default", Deadline.after(60))
+            )
+            told = [job async for job in watched]
+            assert (told[-1].state, told[-1].generation) == (pb.Job.SUCCEEDED, number), told[-1]
+            live = pb.ActivateResponse.FromString(
+                await asked("Activate", pb.ActivateRequest(collection="notes"))
+            )
+            assert (live.generation, generations()) == (number, (number, number))
+        back = pb.ActivateResponse.FromString(await asked("Rollback", pb.RollbackRequest(collection="notes")))
+        assert (back.generation, generations()) == (2, (2, 2))
+    finally:
+        over.set()
+        await asyncio.gather(*busy)
+    assert await found(house.mirror.resolve("default", "notes")) == written
+    assert await found(house.catalog.resolve("default", "notes")) == written
+    await house.catalog.delete("default", "notes")
+    assert not house.mirror.all()
 
 
 async def test_a_head_that_is_away_hands_on_nothing(house: House) -> None:

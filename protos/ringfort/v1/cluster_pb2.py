@@ -22,58 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos.ringfort.v1 import collection_pb2 as protos_dot_ringfort_dot_v1_dot_collection__pb2
 from protos.ringfort.v1 import index_pb2 as protos_dot_ringfort_dot_v1_dot_index__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/ringfort/v1/cluster.proto\x12\x0bringfort.v1\x1a\x1eprotos/ringfort/v1/index.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xad\x01\n\x06Limits\x12\r\n\x05max_k\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x02 \x01(\r\x12\x16\n\x0emax_text_bytes\x18\x03 \x01(\r\x12\x1c\n\x14max_attributes_bytes\x18\x04 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x05 \x01(\r\x12\x14\n\x0cmax_id_bytes\x18\x06 \x01(\r\x12\x15\n\rmax_in_flight\x18\x07 \x01(\r\"V\n\rSegmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x0c\n\x04live\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\x93\x02\n\x07Replica\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x11\n\tdocuments\x18\x06 \x01(\x04\x12\x10\n\x08segments\x18\x07 \x01(\r\x12\x15\n\rmemtable_rows\x18\x08 \x01(\x04\x12\x14\n\x0cpending_rows\x18\t \x01(\x04\x12\x32\n\x0esegment_status\x18\n \x03(\x0b\x32\x1a.ringfort.v1.SegmentStatus\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\x12\x10\n\x08\x64\x61tabase\x18\r \x01(\t\"O\n\tLogStatus\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0e\n\x06log_id\x18\x02 \x01(\t\x12\x11\n\twatermark\x18\x03 \x01(\x04\x12\r\n\x05slots\x18\x04 \x01(\r\"\xcd\x01\n\x10\x43ollectionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\twatermark\x18\x04 \x01(\x04\x12&\n\x08replicas\x18\x05 \x03(\x0b\x32\x14.ringfort.v1.Replica\x12\x11\n\tshard_map\x18\x06 \x01(\t\x12\x14\n\x0cmoving_slots\x18\x07 \x01(\r\x12$\n\x04logs\x18\x08 \x03(\x0b\x32\x16.ringfort.v1.LogStatus\"8\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xcf\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x63omposition\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.ringfort.v1.Limits\x12\x32\n\x0b\x63ollections\x18\x05 \x03(\x0b\x32\x1d.ringfort.v1.CollectionStatus\x12*\n\ncomponents\x18\x06 \x03(\x0b\x32\x16.ringfort.v1.Component\"%\n\x0f\x41\x64\x64ShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"6\n\x11\x44rainShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\":\n\x12SetReplicasRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\x1f\n\x0eHotKeysRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"U\n\x06HotKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\x12\n\ncollection\x18\x05 \x01(\t\"4\n\x0fHotKeysResponse\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.ringfort.v1.HotKey\"C\n\x10WarmCacheRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x0c\n\x04rate\x18\x03 \x01(\x01\"R\n\x11WarmCacheResponse\x12\r\n\x05known\x18\x01 \x01(\r\x12\x10\n\x08\x63omputed\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\x12\x0c\n\x04left\x18\x04 \x01(\r\"\x13\n\x11\x43\x61\x63heStatsRequest\"\xc3\x01\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hits\x18\x02 \x01(\x04\x12\x0e\n\x06misses\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12\r\n\x05state\x18\x08 \x01(\t\x12\x17\n\x0f\x65viction_storms\x18\t \x01(\x04\x12\x0f\n\x07removed\x18\n \x01(\x04\x12\x0e\n\x06purges\x18\x0b \x01(\x04\"\x95\x01\n\x12\x43\x61\x63heStatsResponse\x12%\n\x05tiers\x18\x01 \x03(\x0b\x32\x16.ringfort.v1.TierStats\x12\x12\n\nsuperseded\x18\x02 \x01(\x04\x12\x19\n\x11stampedes_avoided\x18\x03 \x01(\x04\x12\x17\n\x0frefreshed_early\x18\x04 \x01(\x04\x12\x10\n\x08gateways\x18\x05 \x01(\r\"9\n\rBackupRequest\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t\"5\n\x0eRestoreRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t2\xea\x04\n\x0e\x43lusterService\x12G\n\x08\x44\x65scribe\x12\x1c.ringfort.v1.DescribeRequest\x1a\x1d.ringfort.v1.DescribeResponse\x12:\n\x08\x41\x64\x64Shard\x12\x1c.ringfort.v1.AddShardRequest\x1a\x10.ringfort.v1.Job\x12>\n\nDrainShard\x12\x1e.ringfort.v1.DrainShardRequest\x1a\x10.ringfort.v1.Job\x12@\n\x0bSetReplicas\x12\x1f.ringfort.v1.SetReplicasRequest\x1a\x10.ringfort.v1.Job\x12\x44\n\x07HotKeys\x12\x1b.ringfort.v1.HotKeysRequest\x1a\x1c.ringfort.v1.HotKeysResponse\x12M\n\nCacheStats\x12\x1e.ringfort.v1.CacheStatsRequest\x1a\x1f.ringfort.v1.CacheStatsResponse\x12J\n\tWarmCache\x12\x1d.ringfort.v1.WarmCacheRequest\x1a\x1e.ringfort.v1.WarmCacheResponse\x12\x36\n\x06\x42\x61\x63kup\x12\x1a.ringfort.v1.BackupRequest\x1a\x10.ringfort.v1.Job\x12\x38\n\x07Restore\x12\x1b.ringfort.v1.RestoreRequest\x1a\x10.ringfort.v1.Jobb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/ringfort/v1/cluster.proto\x12\x0bringfort.v1\x1a#protos/ringfort/v1/collection.proto\x1a\x1eprotos/ringfort/v1/index.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xad\x01\n\x06Limits\x12\r\n\x05max_k\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x02 \x01(\r\x12\x16\n\x0emax_text_bytes\x18\x03 \x01(\r\x12\x1c\n\x14max_attributes_bytes\x18\x04 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x05 \x01(\r\x12\x14\n\x0cmax_id_bytes\x18\x06 \x01(\r\x12\x15\n\rmax_in_flight\x18\x07 \x01(\r\"V\n\rSegmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12\x0c\n\x04live\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\x93\x02\n\x07Replica\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x11\n\tdocuments\x18\x06 \x01(\x04\x12\x10\n\x08segments\x18\x07 \x01(\r\x12\x15\n\rmemtable_rows\x18\x08 \x01(\x04\x12\x14\n\x0cpending_rows\x18\t \x01(\x04\x12\x32\n\x0esegment_status\x18\n \x03(\x0b\x32\x1a.ringfort.v1.SegmentStatus\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\x12\x10\n\x08\x64\x61tabase\x18\r \x01(\t\"O\n\tLogStatus\x12\x10\n\x08\x64\x61tabase\x18\x01 \x01(\t\x12\x0e\n\x06log_id\x18\x02 \x01(\t\x12\x11\n\twatermark\x18\x03 \x01(\x04\x12\r\n\x05slots\x18\x04 \x01(\r\"\xfc\x01\n\x10\x43ollectionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\twatermark\x18\x04 \x01(\x04\x12&\n\x08replicas\x18\x05 \x03(\x0b\x32\x14.ringfort.v1.Replica\x12\x11\n\tshard_map\x18\x06 \x01(\t\x12\x14\n\x0cmoving_slots\x18\x07 \x01(\r\x12$\n\x04logs\x18\x08 \x03(\x0b\x32\x16.ringfort.v1.LogStatus\x12-\n\x06\x62\x65side\x18\t \x01(\x0b\x32\x1d.ringfort.v1.GenerationStatus\"w\n\x10GenerationStatus\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05space\x18\x03 \x01(\t\x12%\n\x05index\x18\x04 \x01(\x0b\x32\x16.ringfort.v1.IndexSpec\x12\x0e\n\x06\x62\x65hind\x18\x05 \x01(\x04\"8\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xcf\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x63omposition\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12#\n\x06limits\x18\x04 \x01(\x0b\x32\x13.ringfort.v1.Limits\x12\x32\n\x0b\x63ollections\x18\x05 \x03(\x0b\x32\x1d.ringfort.v1.CollectionStatus\x12*\n\ncomponents\x18\x06 \x03(\x0b\x32\x16.ringfort.v1.Component\"%\n\x0f\x41\x64\x64ShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"6\n\x11\x44rainShardRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\r\":\n\x12SetReplicasRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x10\n\x08replicas\x18\x02 \x01(\r\"\x1f\n\x0eHotKeysRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"U\n\x06HotKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\x12\n\ncollection\x18\x05 \x01(\t\"4\n\x0fHotKeysResponse\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.ringfort.v1.HotKey\"C\n\x10WarmCacheRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x0c\n\x04rate\x18\x03 \x01(\x01\"R\n\x11WarmCacheResponse\x12\r\n\x05known\x18\x01 \x01(\r\x12\x10\n\x08\x63omputed\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\x12\x0c\n\x04left\x18\x04 \x01(\r\"\x13\n\x11\x43\x61\x63heStatsRequest\"\xc3\x01\n\tTierStats\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hits\x18\x02 \x01(\x04\x12\x0e\n\x06misses\x18\x03 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x11\n\tevictions\x18\x06 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x07 \x01(\x04\x12\r\n\x05state\x18\x08 \x01(\t\x12\x17\n\x0f\x65viction_storms\x18\t \x01(\x04\x12\x0f\n\x07removed\x18\n \x01(\x04\x12\x0e\n\x06purges\x18\x0b \x01(\x04\"\x95\x01\n\x12\x43\x61\x63heStatsResponse\x12%\n\x05tiers\x18\x01 \x03(\x0b\x32\x16.ringfort.v1.TierStats\x12\x12\n\nsuperseded\x18\x02 \x01(\x04\x12\x19\n\x11stampedes_avoided\x18\x03 \x01(\x04\x12\x17\n\x0frefreshed_early\x18\x04 \x01(\x04\x12\x10\n\x08gateways\x18\x05 \x01(\r\"9\n\rBackupRequest\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t\"5\n\x0eRestoreRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x63ollections\x18\x02 \x03(\t2\xea\x04\n\x0e\x43lusterService\x12G\n\x08\x44\x65scribe\x12\x1c.ringfort.v1.DescribeRequest\x1a\x1d.ringfort.v1.DescribeResponse\x12:\n\x08\x41\x64\x64Shard\x12\x1c.ringfort.v1.AddShardRequest\x1a\x10.ringfort.v1.Job\x12>\n\nDrainShard\x12\x1e.ringfort.v1.DrainShardRequest\x1a\x10.ringfort.v1.Job\x12@\n\x0bSetReplicas\x12\x1f.ringfort.v1.SetReplicasRequest\x1a\x10.ringfort.v1.Job\x12\x44\n\x07HotKeys\x12\x1b.ringfort.v1.HotKeysRequest\x1a\x1c.ringfort.v1.HotKeysResponse\x12M\n\nCacheStats\x12\x1e.ringfort.v1.CacheStatsRequest\x1a\x1f.ringfort.v1.CacheStatsResponse\x12J\n\tWarmCache\x12\x1d.ringfort.v1.WarmCacheRequest\x1a\x1e.ringfort.v1.WarmCacheResponse\x12\x36\n\x06\x42\x61\x63kup\x12\x1a.ringfort.v1.BackupRequest\x1a\x10.ringfort.v1.Job\x12\x38\n\x07Restore\x12\x1b.ringfort.v1.RestoreRequest\x1a\x10.ringfort.v1.Jobb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.ringfort.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DESCRIBEREQUEST']._serialized_start=81
-  _globals['_DESCRIBEREQUEST']._serialized_end=98
-  _globals['_LIMITS']._serialized_start=101
-  _globals['_LIMITS']._serialized_end=274
-  _globals['_SEGMENTSTATUS']._serialized_start=276
-  _globals['_SEGMENTSTATUS']._serialized_end=362
-  _globals['_REPLICA']._serialized_start=365
-  _globals['_REPLICA']._serialized_end=640
-  _globals['_LOGSTATUS']._serialized_start=642
-  _globals['_LOGSTATUS']._serialized_end=721
-  _globals['_COLLECTIONSTATUS']._serialized_start=724
-  _globals['_COLLECTIONSTATUS']._serialized_end=929
-  _globals['_COMPONENT']._serialized_start=931
-  _globals['_COMPONENT']._serialized_end=987
-  _globals['_DESCRIBERESPONSE']._serialized_start=990
-  _globals['_DESCRIBERESPONSE']._serialized_end=1197
-  _globals['_ADDSHARDREQUEST']._serialized_start=1199
-  _globals['_ADDSHARDREQUEST']._serialized_end=1236
-  _globals['_DRAINSHARDREQUEST']._serialized_start=1238
-  _globals['_DRAINSHARDREQUEST']._serialized_end=1292
-  _globals['_SETREPLICASREQUEST']._serialized_start=1294
-  _globals['_SETREPLICASREQUEST']._serialized_end=1352
-  _globals['_HOTKEYSREQUEST']._serialized_start=1354
-  _globals['_HOTKEYSREQUEST']._serialized_end=1385
-  _globals['_HOTKEY']._serialized_start=1387
-  _globals['_HOTKEY']._serialized_end=1472
-  _globals['_HOTKEYSRESPONSE']._serialized_start=1474
-  _globals['_HOTKEYSRESPONSE']._serialized_end=1526
-  _globals['_WARMCACHEREQUEST']._serialized_start=1528
-  _globals['_WARMCACHEREQUEST']._serialized_end=1595
-  _globals['_WARMCACHERESPONSE']._serialized_start=1597
-  _globals['_WARMCACHERESPONSE']._serialized_end=1679
-  _globals['_CACHESTATSREQUEST']._serialized_start=1681
-  _globals['_CACHESTATSREQUEST']._serialized_end=1700
-  _globals['_TIERSTATS']._serialized_start=1703
-  _globals['_TIERSTATS']._serialized_end=1898
-  _globals['_CACHESTATSRESPONSE']._serialized_start=1901
-  _globals['_CACHESTATSRESPONSE']._serialized_end=2050
-  _globals['_BACKUPREQUEST']._serialized_start=2052
-  _globals['_BACKUPREQUEST']._serialized_end=2109
-  _globals['_RESTOREREQUEST']._serialized_start=2111
-  _globals['_RESTOREREQUEST']._serialized_end=2164
-  _globals['_CLUSTERSERVICE']._serialized_start=2167
-  _globals['_CLUSTERSERVICE']._serialized_end=2785
+  _globals['_DESCRIBEREQUEST']._serialized_start=118
+  _globals['_DESCRIBEREQUEST']._serialized_end=135
+  _globals['_LIMITS']._serialized_start=138
+  _globals['_LIMITS']._serialized_end=311
+  _globals['_SEGMENTSTATUS']._serialized_start=313
+  _globals['_SEGMENTSTATUS']._serialized_end=399
+  _globals['_REPLICA']._serialized_start=402
+  _globals['_REPLICA']._serialized_end=677
+  _globals['_LOGSTATUS']._serialized_start=679
+  _globals['_LOGSTATUS']._serialized_end=758
+  _globals['_COLLECTIONSTATUS']._serialized_start=761
+  _globals['_COLLECTIONSTATUS']._serialized_end=1013
+  _globals['_GENERATIONSTATUS']._serialized_start=1015
+  _globals['_GENERATIONSTATUS']._serialized_end=1134
+  _globals['_COMPONENT']._serialized_start=1136
+  _globals['_COMPONENT']._serialized_end=1192
+  _globals['_DESCRIBERESPONSE']._serialized_start=1195
+  _globals['_DESCRIBERESPONSE']._serialized_end=1402
+  _globals['_ADDSHARDREQUEST']._serialized_start=1404
+  _globals['_ADDSHARDREQUEST']._serialized_end=1441
+  _globals['_DRAINSHARDREQUEST']._serialized_start=1443
+  _globals['_DRAINSHARDREQUEST']._serialized_end=1497
+  _globals['_SETREPLICASREQUEST']._serialized_start=1499
+  _globals['_SETREPLICASREQUEST']._serialized_end=1557
+  _globals['_HOTKEYSREQUEST']._serialized_start=1559
+  _globals['_HOTKEYSREQUEST']._serialized_end=1590
+  _globals['_HOTKEY']._serialized_start=1592
+  _globals['_HOTKEY']._serialized_end=1677
+  _globals['_HOTKEYSRESPONSE']._serialized_start=1679
+  _globals['_HOTKEYSRESPONSE']._serialized_end=1731
+  _globals['_WARMCACHEREQUEST']._serialized_start=1733
+  _globals['_WARMCACHEREQUEST']._serialized_end=1800
+  _globals['_WARMCACHERESPONSE']._serialized_start=1802
+  _globals['_WARMCACHERESPONSE']._serialized_end=1884
+  _globals['_CACHESTATSREQUEST']._serialized_start=1886
+  _globals['_CACHESTATSREQUEST']._serialized_end=1905
+  _globals['_TIERSTATS']._serialized_start=1908
+  _globals['_TIERSTATS']._serialized_end=2103
+  _globals['_CACHESTATSRESPONSE']._serialized_start=2106
+  _globals['_CACHESTATSRESPONSE']._serialized_end=2255
+  _globals['_BACKUPREQUEST']._serialized_start=2257
+  _globals['_BACKUPREQUEST']._serialized_end=2314
+  _globals['_RESTOREREQUEST']._serialized_start=2316
+  _globals['_RESTOREREQUEST']._serialized_end=2369
+  _globals['_CLUSTERSERVICE']._serialized_start=2372
+  _globals['_CLUSTERSERVICE']._serialized_end=2990
 # @@protoc_insertion_point(module_scope)

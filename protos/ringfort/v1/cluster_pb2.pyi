@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from protos.ringfort.v1 import collection_pb2 as _collection_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -220,6 +221,7 @@ class CollectionStatus(_message.Message):
     SHARD_MAP_FIELD_NUMBER: _builtins.int
     MOVING_SLOTS_FIELD_NUMBER: _builtins.int
     LOGS_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     generation: _builtins.int
     epoch: _builtins.int
@@ -235,6 +237,10 @@ class CollectionStatus(_message.Message):
     def logs(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogStatus]:
         """One for each database."""
 
+    @_builtins.property
+    def beside(self) -> Global___GenerationStatus:
+        """The generation that is not the live one, where there is one: being built, built, or kept for a rollback."""
+
     def __init__(
         self,
         *,
@@ -246,14 +252,51 @@ class CollectionStatus(_message.Message):
         shard_map: _builtins.str = ...,
         moving_slots: _builtins.int = ...,
         logs: _abc.Iterable[Global___LogStatus] | None = ...,
+        beside: Global___GenerationStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beside", b"beside"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "logs", b"logs", "moving_slots", b"moving_slots", "name", b"name", "replicas", b"replicas", "shard_map", b"shard_map", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beside", b"beside", "epoch", b"epoch", "generation", b"generation", "logs", b"logs", "moving_slots", b"moving_slots", "name", b"name", "replicas", b"replicas", "shard_map", b"shard_map", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CollectionStatus: _TypeAlias = CollectionStatus  # noqa: Y015
+
+@_typing.final
+class GenerationStatus(_message.Message):
+    """A generation that follows the log and answers nobody."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SPACE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    model: _builtins.str
+    """NAME@VERSION; empty where documents bring their vectors."""
+    space: _builtins.str
+    behind: _builtins.int
+    """Positions of the logs that its copies have not applied."""
+    @_builtins.property
+    def index(self) -> _collection_pb2.IndexSpec: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        model: _builtins.str = ...,
+        space: _builtins.str = ...,
+        index: _collection_pb2.IndexSpec | None = ...,
+        behind: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind", b"behind", "index", b"index", "model", b"model", "number", b"number", "space", b"space"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerationStatus: _TypeAlias = GenerationStatus  # noqa: Y015
 
 @_typing.final
 class Component(_message.Message):

@@ -251,6 +251,7 @@ class ActivateRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     generation: _builtins.int
+    """0: the one that there is beside the live one."""
     def __init__(
         self,
         *,

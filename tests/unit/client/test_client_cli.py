@@ -71,7 +71,7 @@ def test_without_a_command_it_says_what_there_is(run: Any) -> None:
     assert set(re.findall(r"^│ (\w+)", outcome.out, re.MULTILINE)) == {
         *("up", "demo", "top", "profile", "cache", "cluster", "jobs", "models"),
         *("search", "recommend", "embed"),
-        *("collections", "create"),
+        *("collections", "create", "reindex", "activate", "rollback"),
         *("load", "count", "get", "scan", "delete"),
     }
 

@@ -113,7 +113,7 @@ async def test_a_database_that_hangs_is_not_waited_for_beyond_the_deadline(
     east = set(databases_of(both.collection).cut(IDS)["east"])
     late = {i for i, outcome in enumerate(done.outcomes) if isinstance(outcome.error, DeadlineExceeded)}
     assert late == east
-    (hanging,) = [each for each in committers._of[both.collection.uid].values() if each._task is not None]
+    (hanging,) = [each for each in committers._of[both].values() if each._task is not None]
     assert hanging._task is not None
     hanging._task.cancel()
     await committers.close()
@@ -137,7 +137,7 @@ async def test_a_full_queue_refuses_its_own_writes(committers: Committers, store
     assert queued.writes == 1_000
     refused = await queued.committed(Deadline.after(0.2))
     assert all(isinstance(outcome.error, Overloaded) for outcome in refused.outcomes)
-    for each in committers._of[both.collection.uid].values():
+    for each in committers._of[both].values():
         if each._task is not None:
             each._waiting.clear()
             each._task.cancel()

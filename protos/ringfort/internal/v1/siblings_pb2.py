@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*protos/ringfort/internal/v1/siblings.proto\x12\x14ringfort.internal.v1\"_\n\rFollowRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x65\x61t\x18\x02 \x01(\x03\x12\r\n\x05heard\x18\x03 \x01(\x03\x12\x0f\n\x07settled\x18\x04 \x01(\x03\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"\x91\x01\n\x04News\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0c\n\x04\x62\x65\x61t\x18\x02 \x01(\x03\x12\x0e\n\x06log_id\x18\x03 \x01(\t\x12\x39\n\x0b\x63ollections\x18\x04 \x03(\x0b\x32$.ringfort.internal.v1.CollectionNews\x12\r\n\x05whole\x18\x05 \x01(\x08\x12\x10\n\x08registry\x18\x06 \x01(\x03\"\xca\x01\n\x0e\x43ollectionNews\x12\x12\n\ncollection\x18\x01 \x01(\x03\x12\x46\n\tpositions\x18\x02 \x03(\x0b\x32\x33.ringfort.internal.v1.CollectionNews.PositionsEntry\x12*\n\x05shape\x18\x03 \x01(\x0b\x32\x1b.ringfort.internal.v1.Shape\x1a\x30\n\x0ePositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xe9\x01\n\x05Shape\x12\x12\n\ncollection\x18\x01 \x01(\x0c\x12\x33\n\x04logs\x18\x02 \x03(\x0b\x32%.ringfort.internal.v1.Shape.LogsEntry\x12\r\n\x05phase\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x0e\n\x06owners\x18\x05 \x03(\x05\x12\x0c\n\x04next\x18\x06 \x03(\x05\x12.\n\x06\x63opies\x18\x07 \x03(\x0b\x32\x1e.ringfort.internal.v1.CopyNews\x1a+\n\tLogsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x08\x43opyNews\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x0f\n\x07replica\x18\x02 \x01(\x05\x12\x0e\n\x06opened\x18\x03 \x01(\x03\x12\x10\n\x08\x64\x61tabase\x18\x04 \x01(\t\"\x9e\x01\n\x0eVisibleRequest\x12\x12\n\ncollection\x18\x01 \x01(\x03\x12\x46\n\tpositions\x18\x02 \x03(\x0b\x32\x33.ringfort.internal.v1.VisibleRequest.PositionsEntry\x1a\x30\n\x0ePositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\"\n\x0fVisibleResponse\x12\x0f\n\x07visible\x18\x01 \x01(\x08\"Q\n\rHandOnRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\x0c\"\"\n\x0eHandOnResponse\x12\x10\n\x08response\x18\x01 \x01(\x0c\"\x1c\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x0e\n\x0cLoadResponse2\xd5\x02\n\x08Siblings\x12M\n\x06\x46ollow\x12#.ringfort.internal.v1.FollowRequest\x1a\x1a.ringfort.internal.v1.News(\x01\x30\x01\x12V\n\x07Visible\x12$.ringfort.internal.v1.VisibleRequest\x1a%.ringfort.internal.v1.VisibleResponse\x12S\n\x06HandOn\x12#.ringfort.internal.v1.HandOnRequest\x1a$.ringfort.internal.v1.HandOnResponse\x12M\n\x04Load\x12!.ringfort.internal.v1.LoadRequest\x1a\".ringfort.internal.v1.LoadResponse2[\n\x07Gateway\x12P\n\x03\x41sk\x12#.ringfort.internal.v1.HandOnRequest\x1a$.ringfort.internal.v1.HandOnResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*protos/ringfort/internal/v1/siblings.proto\x12\x14ringfort.internal.v1\"_\n\rFollowRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x65\x61t\x18\x02 \x01(\x03\x12\r\n\x05heard\x18\x03 \x01(\x03\x12\x0f\n\x07settled\x18\x04 \x01(\x03\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"\x91\x01\n\x04News\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0c\n\x04\x62\x65\x61t\x18\x02 \x01(\x03\x12\x0e\n\x06log_id\x18\x03 \x01(\t\x12\x39\n\x0b\x63ollections\x18\x04 \x03(\x0b\x32$.ringfort.internal.v1.CollectionNews\x12\r\n\x05whole\x18\x05 \x01(\x08\x12\x10\n\x08registry\x18\x06 \x01(\x03\"\xf7\x01\n\x0e\x43ollectionNews\x12\x12\n\ncollection\x18\x01 \x01(\x03\x12\x46\n\tpositions\x18\x02 \x03(\x0b\x32\x33.ringfort.internal.v1.CollectionNews.PositionsEntry\x12*\n\x05shape\x18\x03 \x01(\x0b\x32\x1b.ringfort.internal.v1.Shape\x12+\n\x06\x62\x65side\x18\x04 \x01(\x0b\x32\x1b.ringfort.internal.v1.Shape\x1a\x30\n\x0ePositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xe9\x01\n\x05Shape\x12\x12\n\ncollection\x18\x01 \x01(\x0c\x12\x33\n\x04logs\x18\x02 \x03(\x0b\x32%.ringfort.internal.v1.Shape.LogsEntry\x12\r\n\x05phase\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12\x0e\n\x06owners\x18\x05 \x03(\x05\x12\x0c\n\x04next\x18\x06 \x03(\x05\x12.\n\x06\x63opies\x18\x07 \x03(\x0b\x32\x1e.ringfort.internal.v1.CopyNews\x1a+\n\tLogsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x08\x43opyNews\x12\r\n\x05shard\x18\x01 \x01(\x05\x12\x0f\n\x07replica\x18\x02 \x01(\x05\x12\x0e\n\x06opened\x18\x03 \x01(\x03\x12\x10\n\x08\x64\x61tabase\x18\x04 \x01(\t\"\x9e\x01\n\x0eVisibleRequest\x12\x12\n\ncollection\x18\x01 \x01(\x03\x12\x46\n\tpositions\x18\x02 \x03(\x0b\x32\x33.ringfort.internal.v1.VisibleRequest.PositionsEntry\x1a\x30\n\x0ePositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\"\n\x0fVisibleResponse\x12\x0f\n\x07visible\x18\x01 \x01(\x08\"Q\n\rHandOnRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\x0c\"\"\n\x0eHandOnResponse\x12\x10\n\x08response\x18\x01 \x01(\x0c\"\x1c\n\x0bLoadRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x0e\n\x0cLoadResponse2\xd5\x02\n\x08Siblings\x12M\n\x06\x46ollow\x12#.ringfort.internal.v1.FollowRequest\x1a\x1a.ringfort.internal.v1.News(\x01\x30\x01\x12V\n\x07Visible\x12$.ringfort.internal.v1.VisibleRequest\x1a%.ringfort.internal.v1.VisibleResponse\x12S\n\x06HandOn\x12#.ringfort.internal.v1.HandOnRequest\x1a$.ringfort.internal.v1.HandOnResponse\x12M\n\x04Load\x12!.ringfort.internal.v1.LoadRequest\x1a\".ringfort.internal.v1.LoadResponse2[\n\x07Gateway\x12P\n\x03\x41sk\x12#.ringfort.internal.v1.HandOnRequest\x1a$.ringfort.internal.v1.HandOnResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,31 +42,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NEWS']._serialized_start=166
   _globals['_NEWS']._serialized_end=311
   _globals['_COLLECTIONNEWS']._serialized_start=314
-  _globals['_COLLECTIONNEWS']._serialized_end=516
-  _globals['_COLLECTIONNEWS_POSITIONSENTRY']._serialized_start=468
-  _globals['_COLLECTIONNEWS_POSITIONSENTRY']._serialized_end=516
-  _globals['_SHAPE']._serialized_start=519
-  _globals['_SHAPE']._serialized_end=752
-  _globals['_SHAPE_LOGSENTRY']._serialized_start=709
-  _globals['_SHAPE_LOGSENTRY']._serialized_end=752
-  _globals['_COPYNEWS']._serialized_start=754
-  _globals['_COPYNEWS']._serialized_end=830
-  _globals['_VISIBLEREQUEST']._serialized_start=833
-  _globals['_VISIBLEREQUEST']._serialized_end=991
-  _globals['_VISIBLEREQUEST_POSITIONSENTRY']._serialized_start=468
-  _globals['_VISIBLEREQUEST_POSITIONSENTRY']._serialized_end=516
-  _globals['_VISIBLERESPONSE']._serialized_start=993
-  _globals['_VISIBLERESPONSE']._serialized_end=1027
-  _globals['_HANDONREQUEST']._serialized_start=1029
-  _globals['_HANDONREQUEST']._serialized_end=1110
-  _globals['_HANDONRESPONSE']._serialized_start=1112
-  _globals['_HANDONRESPONSE']._serialized_end=1146
-  _globals['_LOADREQUEST']._serialized_start=1148
-  _globals['_LOADREQUEST']._serialized_end=1176
-  _globals['_LOADRESPONSE']._serialized_start=1178
-  _globals['_LOADRESPONSE']._serialized_end=1192
-  _globals['_SIBLINGS']._serialized_start=1195
-  _globals['_SIBLINGS']._serialized_end=1536
-  _globals['_GATEWAY']._serialized_start=1538
-  _globals['_GATEWAY']._serialized_end=1629
+  _globals['_COLLECTIONNEWS']._serialized_end=561
+  _globals['_COLLECTIONNEWS_POSITIONSENTRY']._serialized_start=513
+  _globals['_COLLECTIONNEWS_POSITIONSENTRY']._serialized_end=561
+  _globals['_SHAPE']._serialized_start=564
+  _globals['_SHAPE']._serialized_end=797
+  _globals['_SHAPE_LOGSENTRY']._serialized_start=754
+  _globals['_SHAPE_LOGSENTRY']._serialized_end=797
+  _globals['_COPYNEWS']._serialized_start=799
+  _globals['_COPYNEWS']._serialized_end=875
+  _globals['_VISIBLEREQUEST']._serialized_start=878
+  _globals['_VISIBLEREQUEST']._serialized_end=1036
+  _globals['_VISIBLEREQUEST_POSITIONSENTRY']._serialized_start=513
+  _globals['_VISIBLEREQUEST_POSITIONSENTRY']._serialized_end=561
+  _globals['_VISIBLERESPONSE']._serialized_start=1038
+  _globals['_VISIBLERESPONSE']._serialized_end=1072
+  _globals['_HANDONREQUEST']._serialized_start=1074
+  _globals['_HANDONREQUEST']._serialized_end=1155
+  _globals['_HANDONRESPONSE']._serialized_start=1157
+  _globals['_HANDONRESPONSE']._serialized_end=1191
+  _globals['_LOADREQUEST']._serialized_start=1193
+  _globals['_LOADREQUEST']._serialized_end=1221
+  _globals['_LOADRESPONSE']._serialized_start=1223
+  _globals['_LOADRESPONSE']._serialized_end=1237
+  _globals['_SIBLINGS']._serialized_start=1240
+  _globals['_SIBLINGS']._serialized_end=1581
+  _globals['_GATEWAY']._serialized_start=1583
+  _globals['_GATEWAY']._serialized_end=1674
 # @@protoc_insertion_point(module_scope)

@@ -121,6 +121,7 @@ class CollectionNews(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    BESIDE_FIELD_NUMBER: _builtins.int
     collection: _builtins.int
     @_builtins.property
     def positions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -130,16 +131,23 @@ class CollectionNews(_message.Message):
     def shape(self) -> Global___Shape:
         """Not set where only the positions changed."""
 
+    @_builtins.property
+    def beside(self) -> Global___Shape:
+        """With `shape`: the generation beside the live one, where there is one. Its copies are to be reached, for it
+        may become the live one.
+        """
+
     def __init__(
         self,
         *,
         collection: _builtins.int = ...,
         positions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         shape: Global___Shape | None = ...,
+        beside: Global___Shape | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beside", b"beside", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "positions", b"positions", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beside", b"beside", "collection", b"collection", "positions", b"positions", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
