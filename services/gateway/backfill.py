@@ -6,7 +6,10 @@ copies may read; so however far it has come, they hold exactly that.
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -21,8 +24,11 @@ from shard_router.errors import NotFound, PreconditionFailed, RingfortError
 
 log = logging.getLogger(__name__)
 
-#: Documents of one transaction.
-PAGE_ROWS = 512
+#: Documents of one transaction, and pages that are made at once: the embedder has work while one is put.
+PAGE_ROWS, PAGES = 512, 2
+#: While somebody searches, one small batch is embedded at a time, so that a core stays free for them; and for
+#: so long afterwards.
+GENTLE_ROWS, GENTLE_S = 16, 1.0
 #: Embedding a page may take so long, as behind everybody else's.
 PAGE_S = 120.0
 #: How often it is looked for what other gateways have written, and pauses after failures.
@@ -43,6 +49,8 @@ class Backfill:
         #: Why it cannot go on, once that is so.
         self.failed: str | None = None
         self._moved = asyncio.Event()
+        #: Held by whoever embeds while somebody searches.
+        self._one_by_one = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._documents = 0
 
@@ -89,7 +97,7 @@ class Backfill:
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                await self._page(database)
+                await self._fill(database)
                 pause_s = FIRST_PAUSE_S
                 continue
             except NotFound as gone:
@@ -107,44 +115,69 @@ class Backfill:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _page(self, database: str) -> None:
-        """Put the next page, or wait until there is one."""
-        made = self.served.collection
-        live = self._catalog.of(made.uid)
-        if live is None:
-            raise NotFound("collection", made.name)
-        if live is self.served:
-            raise NotFound("generation beside the live one", made.name)
+    async def _fill(self, database: str) -> None:
+        """Put pages until there are no more, and return when there may be."""
+        made, live = self.served.collection, self._live()
         live.moved.clear()
         copies = live.collection.space == made.space
-        page = await self._generations.unembedded(
-            made, live.collection, database, PAGE_ROWS, with_vectors=copies
-        )
-        self._ends[database] = page.end
-        if page.upto > page.after:
-            vectors = page.vectors if page.vectors is not None else await self._embedded(page)
-            await self._generations.put(made, database, page, vectors)
-            self._documents += len(page.ids)
-        self._upto[database] = page.upto
-        self.served.heard({self.served.logs[database].log_id: page.upto})
-        self._moved.set()
-        if page.upto > page.after:
-            self.served.look()
-        if page.upto == page.end:
-            await self._more(live, database, page.end)
+        making: deque[tuple[Unembedded, asyncio.Task[np.ndarray]]] = deque()
+        after = 0
+        try:
+            while True:
+                page = await self._generations.unembedded(
+                    made, live.collection, database, PAGE_ROWS, with_vectors=copies, after=after
+                )
+                self._ends[database], after = page.end, page.upto
+                if page.upto > page.after:
+                    making.append((page, asyncio.create_task(self._vectors(page, live))))
+                ended = page.upto == page.end
+                while len(making) >= PAGES or (ended and making):
+                    first, vectors = making.popleft()
+                    await self._generations.put(made, database, first, await vectors)
+                    self._documents += len(first.ids)
+                    self._reached(database, first.upto)
+                    self.served.look()
+                self._live()
+                if ended:
+                    break
+        finally:
+            await tasks.end(*(vectors for _, vectors in making))
+        self._reached(database, page.upto)
+        await self._more(live, database, page.end)
 
-    async def _embedded(self, page: Unembedded) -> np.ndarray:
+    def _live(self) -> Served:
+        """The live generation; NotFound where there is none, or it is this one."""
+        uid = self.served.collection.uid
+        live = self._catalog.of(uid)
+        if live is None or live is self.served:
+            raise NotFound("generation beside the live one of", self.served.collection.name)
+        return live
+
+    def _reached(self, database: str, position: int) -> None:
+        self._upto[database] = position
+        self.served.heard({self.served.logs[database].log_id: position})
+        self._moved.set()
+
+    async def _vectors(self, page: Unembedded, live: Served) -> np.ndarray:
         """float32 [n, dim]; PreconditionFailed for a document without a text."""
         made = self.served.collection
+        if page.vectors is not None:
+            return page.vectors
         for id, text in zip(page.ids, page.texts, strict=True):
             if not text:
                 raise PreconditionFailed(f"document {id!r} has no text to make a vector of")
-        if not page.texts:
-            return np.zeros((0, made.dim), np.float32)
-        embedded = await self._models.embed_for(
-            made, page.texts, InputType.DOCUMENT, Deadline.after(PAGE_S), use_cache=False
-        )
-        return embedded.vectors
+        parts = [np.zeros((0, made.dim), np.float32)]
+        start = 0
+        while start < len(page.texts):
+            gentle = time.monotonic() - live.searched_s < GENTLE_S
+            texts = page.texts[start : start + GENTLE_ROWS] if gentle else page.texts[start:]
+            async with self._one_by_one if gentle else nullcontext():
+                embedded = await self._models.embed_for(
+                    made, texts, InputType.DOCUMENT, Deadline.after(PAGE_S), use_cache=False
+                )
+            parts.append(embedded.vectors)
+            start += len(texts)
+        return np.concatenate(parts)
 
     async def _more(self, live: Served, database: str, position: int) -> None:
         """Return when the log may have gone on from there."""

@@ -49,6 +49,7 @@ class Comparison:
                 (await self._models.embed_for(each.collection, texts, InputType.QUERY, deadline)).vectors
                 for each in (live, other)
             ]
+        searched_s = live.searched_s
         overlaps, took_ms, live_took_ms = [], [], []
         for of_live, of_other in zip(vectors, others, strict=True):
             found, its_ms = await self._found(live, of_live, deadline)
@@ -56,6 +57,7 @@ class Comparison:
             overlaps.append(len(found & among) / max(1, len(found)))
             live_took_ms.append(its_ms)
             took_ms.append(other_ms)
+        live.searched_s = searched_s  # nobody whom room has to be left for
         return figures | {
             "questions": float(len(overlaps)),
             f"overlap_at_{K}": float(np.mean(overlaps)),

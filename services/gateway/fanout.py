@@ -128,6 +128,7 @@ class FanOut:
     ) -> Found[Hits]:
         began, as_of_ms = time.perf_counter(), int(time.time() * 1000)
         attempt = 0
+        served.searched_s = time.monotonic()
         if served.assure is not None:
             await served.assure(options.deadline)
         while True:

@@ -41,6 +41,8 @@ class Served:
         self.reconciling = asyncio.Lock()
         #: Makes sure that the copies have what everybody was told is visible; None where nobody else tells.
         self.assure: Assure | None = None
+        #: When it was last searched here, by time.monotonic.
+        self.searched_s = float("-inf")
         #: Set when it is known of a later position.
         self.moved = asyncio.Event()
         #: Told of every copy that has joined (True), or is about to leave.

@@ -150,11 +150,19 @@ class Generations:
         return count
 
     async def unembedded(
-        self, made: Collection, live: Collection, database: str, limit: int, *, with_vectors: bool
+        self,
+        made: Collection,
+        live: Collection,
+        database: str,
+        limit: int,
+        *,
+        with_vectors: bool,
+        after: int = 0,
     ) -> Unembedded:
         """The next documents, in order, of which a generation has no vectors; at most `limit`.
 
-        With vectors, those of the live generation are told.
+        Beyond `after`, which is for who reads on before he has put what he has. With vectors, those of the
+        live generation are told.
         """
         partition = self._database_of(made, database)
         with partition.named():
@@ -163,6 +171,7 @@ class Generations:
                 "generation": made.generation,
                 "log_id": partition.log_id,
                 "limit": limit,
+                "after": after,
                 "with_vectors": with_vectors,
             }
             async with partition.database.connection() as connection:
@@ -170,7 +179,7 @@ class Generations:
                 rows = await cursor.fetchall()
         if not rows:
             raise StorageUnavailable(f"it holds no generation {made.generation} of {made.name!r}", database)
-        end, after = rows[0][:2]
+        end, begin = rows[0][:2]
         found = [row[2:] for row in rows if row[2] is not None]
         live_rows = [row for row in found if not row[3]]
         vectors = None
@@ -179,7 +188,7 @@ class Generations:
             for place, row in enumerate(live_rows):
                 vectors[place] = np.frombuffer(row[5], STORED)
         return Unembedded(
-            after,
+            begin,
             found[-1][0] if len(found) == limit else end,
             end,
             slots=[row[1] for row in live_rows],

@@ -157,15 +157,16 @@ WHERE collection_uid = %(uid)s AND claim = %(claim)s RETURNING generation;
 SELECT count(*) FROM {documents} WHERE NOT deleted AND coalesce(text, '') = '';
 
 -- to_embed: documents of which a generation has no vectors yet, in order, and where the log stands
-SELECT t.seq, t.after, t.place, t.slot, t.id, t.deleted, t.text,
+SELECT t.seq, t.begin, t.place, t.slot, t.id, t.deleted, t.text,
        CASE WHEN %(with_vectors)s THEN (
            SELECT v.vector FROM {vectors} v WHERE v.slot = t.slot AND v.id = t.id AND v.doc_seq = t.place
        ) END
 FROM (
-    SELECT c.seq, e.upto AS after, d.* FROM counters c JOIN embedded e USING (collection_uid)
+    SELECT c.seq, greatest(e.upto, %(after)s) AS begin, d.*
+    FROM counters c JOIN embedded e USING (collection_uid)
     LEFT JOIN LATERAL (
         SELECT seq AS place, slot, id, deleted, text FROM {documents}
-        WHERE seq > e.upto ORDER BY seq LIMIT %(limit)s
+        WHERE seq > greatest(e.upto, %(after)s) ORDER BY seq LIMIT %(limit)s
     ) d ON true
     WHERE c.collection_uid = %(uid)s AND e.generation = %(generation)s
       AND (SELECT log_id FROM logs) = %(log_id)s
