@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from index_builder.models.manifest import ModelManifest
+from protos.ringfort import v1 as pb
 from services.cache.tier import CacheTier
 from services.config import Config
 from services.data_dir import StartupError
@@ -32,8 +33,8 @@ from services.gateway.recall_audit import RecallAudit
 from services.gateway.recommend import Recommend
 from services.gateway.retrieval import Retrieval
 from services.gateway.served import Served
-from services.gateway.server import Server, Servicers
-from services.gateway.servicers import CollectionReads, DocumentService, EmbeddingService, SearchService
+from services.gateway.server import Server, Servicers, method_of
+from services.gateway.servicers import Call, CollectionReads, DocumentService, EmbeddingService, SearchService
 from services.gateway.transport import transport_of
 from services.gateway.warming import Warming
 from services.metadata.store import Store
@@ -101,7 +102,6 @@ class Front:
         self._release, self._composition, self._components = release, composition, components
         self.telemetry = Telemetry(counting=config.telemetry.metrics)
         self.server: Server
-        self._warming: Warming
         #: What answers for each service.
         self.servicers: Servicers = {}
         #: What answers for this gateway alone.
@@ -138,8 +138,7 @@ class Front:
             catalog, cache, config,
             release=self._release, composition=self._composition, components=self._components,
         )  # fmt: skip
-        self._warming = Warming(answers)
-        caches = CacheReads(catalog, cache, answers, self._warming)
+        caches = CacheReads(catalog, cache, answers, Warming(answers))
         self.alone = {"ClusterService": (caches,)}
         everywhere: Servicers = {
             "EmbeddingService": (embedding_service,),
@@ -182,8 +181,14 @@ class Front:
         return addresses
 
     async def warm(self, served: Served, deadline: Deadline) -> None:
-        """Compute the answers that are asked for most, of a generation that is about to be the live one."""
-        await self._warming.warm(served, limit=WARMED, rate=WARM_RATE, deadline=deadline)
+        """Compute what is asked for most, at any gateway, of a generation that is about to be live."""
+        collection = served.collection
+        request = pb.WarmCacheRequest(
+            collection=collection.name, limit=WARMED, rate=WARM_RATE, generation=collection.generation
+        )
+        warm = method_of(self.servicers, "ClusterService", "WarmCache")
+        assert warm is not None, "every gateway has it"
+        await warm(request, Call(collection.tenant, deadline))
 
     async def _missing(self) -> str:
         try:

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 #: Memory for objects that processes share through Ray: we share none, and this is the least it takes.
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
+#: How many processes of models a Ray of our own has room for in place of one.
+_MODELS_SHARE = 16
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: How soon Serve acts on queues that grow or shrink, and over how long it looks at them.
 _INTERVAL_S, _LOOK_BACK_S, _UPSCALE_S, _DOWNSCALE_S = 2.0, 5.0, 5.0, 60.0
@@ -204,7 +206,10 @@ class RayLauncher:
 
     def _start_model(self, model: str, settings: EmbedderNodeSettings) -> None:
         cluster = self._settings
-        resources = _Resources.of(cluster.embedder_cpus, settings.device)
+        # On a Ray of our own the processes of a model share what there is, as they would in one process; how
+        # many models there are at a time is bounded by their bytes.
+        share = 1 / _MODELS_SHARE if self._ours else 1.0
+        resources = _Resources.of(share * cluster.embedder_cpus, settings.device)
         deployment = serve.deployment(
             name="model",
             ray_actor_options={"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus},

@@ -15,7 +15,7 @@ from services.gateway.resharder import Resharder
 from services.gateway.served import Served
 from services.gateway.servicers import MAX_REPLICAS, MAX_SHARDS, Call, job_message
 from services.gateway.warming import Warming
-from shard_router.errors import InvalidField, PreconditionFailed
+from shard_router.errors import InvalidField, NotFound, PreconditionFailed
 from shard_router.shard_map import Steady
 
 DEFAULT_HOT_KEYS, MAX_HOT_KEYS = 20, 1_024
@@ -179,6 +179,11 @@ class CacheReads:
         limit, rate = request.limit or DEFAULT_WARMED, request.rate or DEFAULT_WARMED
         if not 0 < rate <= MAX_WARM_RATE:
             raise InvalidField("rate", f"{rate} is not between 0 and {MAX_WARM_RATE}")
+        if request.generation not in (0, served.collection.generation):
+            beside = self._catalog.beside(served.collection.uid)
+            if beside is None or beside.collection.generation != request.generation:
+                raise NotFound("generation", str(request.generation))
+            served = beside
         warmed = await self._warming.warm(served, limit=limit, rate=rate, deadline=call.deadline)
         return pb.WarmCacheResponse(
             known=warmed.known, computed=warmed.computed, failed=warmed.failed, left=warmed.left

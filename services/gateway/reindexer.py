@@ -6,6 +6,7 @@ whoever starts the service again brings that to its end. The one that was live g
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: How often a job tells how far it is.
 TELL_S = 0.2
+#: What copies on nodes say of themselves is not older than this.
+FRESH_S = 0.75
 #: Positions that a generation may be behind when writes are closed for it.
 LAG_POSITIONS = 256
 #: How long an activation waits for it to come so near, and writes for the rest.
@@ -238,17 +241,21 @@ class Reindexer:
         while not await backfill.reach(goal, Deadline.after(TELL_S)):
             job.tell(*backfill.progress, "making vectors")
         await self._copies_have(job, beside, goal)
-        while pending := sum(int(replica.describe()["pending_rows"]) for _, replica in beside.copies()):
-            done, total = backfill.progress
-            job.tell(done, total, f"building its index: {pending} documents to go")
-            await asyncio.sleep(TELL_S)
+        quiet_s = time.monotonic()
+        while time.monotonic() - quiet_s < FRESH_S:
+            pending = sum(int(replica.describe()["pending_rows"]) for _, replica in beside.copies())
+            if pending:
+                quiet_s = time.monotonic()
+                job.tell(*backfill.progress, f"building its index: {pending} documents to go")
             if backfill.failed is not None:
                 raise PreconditionFailed(backfill.failed)
+            await asyncio.sleep(TELL_S)
         job.tell(*backfill.progress, "comparing it with the live one")
         live = self._catalog.of(uid)
         if live is not None:
             job.figures = await until_done(lambda: self._comparison.of(live, beside))
         await until_done(lambda: self._store.generations.set_state(beside.collection, GenerationState.READY))
+        await self._catalog.spread()
 
     async def _copies_have(self, job: Job, served: Served, positions: Mapping[str, int]) -> None:
         """Return when every copy is there and has these positions, by database."""
@@ -312,10 +319,13 @@ class Reindexer:
         """Return when so little is missing that writes can wait for it."""
         await self._near(job, backfill)
         await self._copies_have(job, backfill.served, dict.fromkeys(backfill.served.logs, 0))
+        await self._catalog.spread()
         if self.warm is not None:
             job.tell(0, 1, "computing what is asked for most")
-            await self.warm(backfill.served, Deadline.after(WARM_S))
-        await self._catalog.spread()
+            try:
+                await self.warm(backfill.served, Deadline.after(WARM_S))
+            except RingfortError as error:  # then they are computed when they are asked for
+                log.warning("answers of generation %d cannot be warmed: %s", job.record.argument, error)
 
     async def _near(self, job: Job, backfill: Backfill) -> None:
         """Return when the generation has all but the last few vectors."""

@@ -126,9 +126,12 @@ def test_vectors_get_another_index(client: Client, make_collection: Callable[...
     after = client.batch_search(collection, vectors=queries, k=10, exact=True)
     assert [list(row) for row in after.ids] == [list(row) for row in before.ids]
     assert np.allclose(after.scores, before.scores, atol=1e-5)
-    (status,) = [each for each in client.cluster().collections if each.name == collection]
-    kinds = {segment.kind for replica in status.replicas for segment in replica.segment_status}
-    assert kinds == {"hnsw"}
+
+    def kinds() -> set[str]:
+        (status,) = [each for each in client.cluster().collections if each.name == collection]
+        return {segment.kind for replica in status.replicas for segment in replica.segment_status}
+
+    eventually(lambda: kinds() == {"hnsw"})
     told = {each.name: each for each in client.collections()}[collection]
     assert (told.index, told.generation) == ("hnsw", 2)
 

@@ -512,21 +512,25 @@ class WarmCacheRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     RATE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     limit: _builtins.int
     """Answers to compute at most; 0 for 20."""
     rate: _builtins.float
     """Answers to begin a second at most; 0 for 20."""
+    generation: _builtins.int
+    """0: of the live generation; or that of the one beside it, before it becomes the live one."""
     def __init__(
         self,
         *,
         collection: _builtins.str = ...,
         limit: _builtins.int = ...,
         rate: _builtins.float = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "limit", b"limit", "rate", b"rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "generation", b"generation", "limit", b"limit", "rate", b"rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
