@@ -81,7 +81,7 @@ long: setup-dev .venv-cluster/.ready  ## the kills, the simulations, the random 
 		$(BIN)/python -m pytest --timeout=7200 tests/e2e/process/test_process_random_kills.py \
 		tests/e2e/process/test_process_model.py tests/integration/test_embedder_soak.py \
 		tests/e2e/process/test_process_soak.py tests/e2e/process/test_process_resharding.py \
-		tests/e2e/process/test_process_generations.py
+		tests/e2e/process/test_process_generations.py tests/e2e/process/test_process_cluster_kills.py
 	COMPOSITION=ray .venv-cluster/bin/python -m pytest tests/e2e/process/test_process_gateways.py
 
 check: setup-dev  ## style, types, imports, and the contract

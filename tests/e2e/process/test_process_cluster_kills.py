@@ -22,6 +22,10 @@ from protos.ringfort.v1.cluster_pb2_grpc import ClusterServiceStub
 from ringfort import Client
 
 LAUNCHER = os.environ.get("COMPOSITION", "processes")
+pytestmark = pytest.mark.skipif(
+    not os.environ.keys() & {"COMPOSITION", "KILLS"},
+    reason="make test-cluster runs it on Ray, make long without",
+)
 ENVIRONMENT = {
     "RINGFORT_CLUSTER__LAUNCHER": LAUNCHER,
     "RINGFORT_CLUSTER__EMBEDDERS": "2",

@@ -1,6 +1,6 @@
 """Generations are built and exchanged under writes and kills; nothing is lost or comes back.
 
-KILLS says how many (4; `make long` 200), SEED repeats a sequence.
+KILLS says how many (2; `make long` 200), SEED repeats a sequence.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from rpc import Rpc
 
 from protos.ringfort import v1 as pb
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 SETTINGS = {"RINGFORT_SHARD__MEMTABLE_ROWS": "64"}
 KINDS = ("flat", "hnsw", "auto")

@@ -3,7 +3,7 @@
 Memtables are so small that seals and merges go on all the time, and merges of a few rows have a process of
 their own. Kills of the service, and of such a process alone, come in turn amid a seal, amid a merge, and at
 any moment; now and then writing pauses, so that graphs are built, and the kill comes amid one.
-KILLS says how many (20; `make long` 200), SEED repeats a sequence.
+KILLS says how many (12; `make long` 200), SEED repeats a sequence.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from shard_files import ShardFiles
 
 from index_builder.segments.index_spec import IndexKind
 
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "12"))
 SEED = int(os.environ.get("SEED", "0")) or secrets.randbits(32)
 
 #: What is killed, and how often of a hundred times.
