@@ -79,8 +79,6 @@ class Reindexer:
         Whatever other generation there was is given up. NotFound for a model; PreconditionFailed while
         another job runs, and where documents have no text that the model could read.
         """
-        if self._jobs.running(served) is not None:
-            raise PreconditionFailed(f"another job of collection {served.collection.name} is running")
         wanted = self._wanted(served, model, index)
         if wanted.space != served.collection.space:
             textless = await self._store.generations.textless(served.collection)
@@ -90,6 +88,8 @@ class Reindexer:
                     "text that another model could read"
                 )
         async with self._beginning:
+            if self._jobs.running(served) is not None:
+                raise PreconditionFailed(f"another job of collection {served.collection.name} is running")
             await self._give_up(served)
             made = await self._store.generations.begin(wanted)
             try:
