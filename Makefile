@@ -12,7 +12,8 @@ CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.
 	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_generations.py
 NATIVE_TESTS = tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_bad_input.py \
 	tests/e2e/test_e2e_cache.py tests/e2e/test_e2e_health.py tests/e2e/test_e2e_embedding.py \
-	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_async_client.py
+	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_async_client.py \
+	tests/e2e/test_e2e_generations.py
 STUBS := $(wildcard protos/ringfort/v1/*.proto protos/ringfort/internal/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)

@@ -67,7 +67,7 @@ class GraphIndex:
         present = np.ones(rows, np.bool_)
         present[held] = False
         # Neighbours in a corpus often come one after another. Linked in that order they find each other and
-        # little else: 100k package descriptions as they came had a recall of .977 at most, in any order .998.
+        # little else: 100k package descriptions as they came had a recall of .978 at most, shuffled .995.
         order = np.append(np.random.default_rng(_SEED).permutation(np.flatnonzero(present)), held)
         linked = rows - len(held)
         for start in range(0, linked, _ADD_ROWS):

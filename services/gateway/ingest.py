@@ -233,14 +233,15 @@ class Ingest:
         checked = await self._documents(served, request)
         texts = [one.text for one in checked if isinstance(one, _Wanting)]
         vectors: Iterator[np.ndarray] = iter(())
+        remade: frozenset[int] = frozenset()
         if texts:
+            remade = frozenset(i for i, one in enumerate(checked) if isinstance(one, _Wanting))
             # Documents are rarely embedded twice; caching them would only push queries out.
             made = await self._models.embed_for(
                 served.collection, texts, InputType.DOCUMENT, deadline, use_cache=False
             )
             vectors = iter(made.vectors)
         writes = [one.with_vector(next(vectors)) if isinstance(one, _Wanting) else one for one in checked]
-        remade = frozenset(i for i, one in enumerate(checked) if isinstance(one, _Wanting))
         ids = [document.id for document in request.documents]
         return _Checked(served, "documents", ids, writes, request.wait, remade)
 

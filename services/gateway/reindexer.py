@@ -104,9 +104,9 @@ class Reindexer:
 
         PreconditionFailed where it is not complete, or cannot catch up; then nothing has changed.
         """
-        there = await self._beside(served)
         if served.collection.generation == number:
             return served
+        there = await self._beside(served)
         if there is None or number not in (0, there.collection.generation):
             raise NotFound("generation", str(number or "another than the live one"), "generation")
         return await self._begin_exchange(served, there, deadline)
@@ -305,8 +305,10 @@ class Reindexer:
                 beside.by_log(closed), deadline
             ):
                 raise Unavailable(f"it was not complete after {CLOSED_S:g} s")
-        except RingfortError as error:
+        except Exception as error:  # whatever it is, writes must not stay closed
             await until_done(lambda: generations.open_writes(live.collection))
+            if not isinstance(error, RingfortError):
+                raise
             raise PreconditionFailed(
                 f"generation {number} could not catch up, and {live.collection.generation} goes on: {error}"
             ) from error

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -310,9 +311,7 @@ async def _run(
         raise NotFound("collection", collection.name) from error
 
 
-def _generation(collection: Collection, row: Sequence[object]) -> Generation:
+def _generation(collection: Collection, row: Sequence[Any]) -> Generation:
     number, state, model, dim, space, index = row
-    its = replace(
-        collection, generation=number, model=model, dim=dim, space=space, index=index  # type: ignore[arg-type]
-    )  # fmt: skip
-    return Generation(its, GenerationState(str(state)))
+    its = replace(collection, generation=number, model=model, dim=dim, space=space, index=index)
+    return Generation(its, GenerationState(state))

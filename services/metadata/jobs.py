@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import psycopg
 
@@ -91,8 +92,6 @@ class Jobs:
             return [_record(row) for row in await cursor.fetchall()]
 
 
-def _record(row: tuple[object, ...]) -> JobRecord:
-    id, uid, kind, state, argument, message, started_at_us, ended_at_us, figures = row
-    return JobRecord(
-        str(id), uid, kind, JobState(state), argument, message, started_at_us, ended_at_us, figures  # type: ignore[arg-type]
-    )  # fmt: skip
+def _record(row: tuple[Any, ...]) -> JobRecord:
+    id, uid, kind, state, *rest = row
+    return JobRecord(str(id), uid, kind, JobState(state), *rest)
