@@ -11,6 +11,7 @@ from index_builder.segments.candidates import ASKED_K, GATE_RECALL, held_aside, 
 from index_builder.segments.curve import Curve
 from index_builder.segments.index_spec import IndexKind
 from index_builder.segments.row_set import RowSet
+from shard_router.hashing import hashes_of
 from shard_router.model import Metric
 
 # FAISS gives its classes arrays, keywords and attributes at run time, which its stubs do not say.
@@ -68,17 +69,22 @@ class GraphIndex:
         present[held] = False
         # Neighbours in a corpus often come one after another. Linked in that order they find each other and
         # little else: 100k package descriptions as they came had a recall of .978 at most, shuffled .995.
-        order = np.append(np.random.default_rng(_SEED).permutation(np.flatnonzero(present)), held)
-        linked = rows - len(held)
+        shuffled = np.random.default_rng(_SEED).permutation(np.flatnonzero(present))
+        leader = _leaders(faiss.downcast_index(index.storage), vectors, shuffled)
+        twins = leader != shuffled
+        linked = int(np.count_nonzero(~twins))
+        order = np.concatenate((shuffled[~twins], shuffled[twins], held))
+        place_of = np.argsort(order)
         for start in range(0, linked, _ADD_ROWS):
             index.add(vectors[order[start : min(start + _ADD_ROWS, linked)]])
+        _append_twins(index, vectors, shuffled[twins], place_of[leader[twins]])
         built = cls(index, _NONE, rows)
         built._row_at[:-1] = order
         curve = measure(built, vectors[held], vectors, RowSet(present), metric)
         index.add(vectors[held])
         if curve.rungs[-1][1] < GATE_RECALL:
             return None
-        index.permute_entries(np.argsort(order))
+        index.permute_entries(place_of)
         return cls(index, _NONE, rows), curve
 
     @classmethod
@@ -116,6 +122,45 @@ class GraphIndex:
             _, places = self._codes.search(queries, count, params=_CodeParameters(sel=selector))
         rows: np.ndarray = self._row_at[places]
         return rows
+
+
+def _leaders(codec: Any, vectors: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """For each of these rows the first of them, in their order, that has the same codes, int64 [n]."""
+    hashes = np.empty(len(order), np.uint64)
+    for start in range(0, len(order), _ADD_ROWS):
+        codes = codec.sa_encode(vectors[order[start : start + _ADD_ROWS]])
+        hashes[start : start + len(codes)] = hashes_of(codes)
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    leaders: np.ndarray = order[first[group]]
+    return leaders
+
+
+def _append_twins(index: Any, vectors: np.ndarray, rows: np.ndarray, leaders: np.ndarray) -> None:
+    """Add rows that lie exactly where others do, each group as a chain that begins at its leader.
+
+    rows, leaders: int64 [n]; a leader is a place, and linked already. FAISS would keep every one of such
+    rows as a neighbour of all others (it drops one only where another is nearer to it by anything at all):
+    hundreds of them fill each other's lists and those of whoever lies near, and the graph falls apart.
+    """
+    if not len(rows):
+        return
+    graph, first = index.hnsw, int(index.ntotal)
+    for start in range(0, len(rows), _ADD_ROWS):
+        index.storage.add(vectors[rows[start : start + _ADD_ROWS]])
+    graph.prepare_level_tab(len(rows), False)
+    index.ntotal = index.storage.ntotal
+    starts, width = faiss.vector_to_array(graph.offsets), int(graph.nb_neighbors(0))
+    links = faiss.rev_swig_ptr(graph.neighbors.data(), graph.neighbors.size())
+    ends: dict[int, int] = {}
+    for place, leader in enumerate(leaders.tolist(), first):
+        start = int(starts[ends.get(leader, leader)])
+        if leader in ends:
+            links[start] = place
+        else:
+            free = np.flatnonzero(links[start : start + width] < 0)
+            # Where all are taken the first is the farthest, or was when the list was last made.
+            links[start + (int(free[0]) if len(free) else 0)] = place
+        ends[leader] = place
 
 
 def _places(rows: int, swap: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

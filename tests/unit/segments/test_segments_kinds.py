@@ -173,6 +173,24 @@ def test_many_equal_and_zero_vectors_leave_no_query_short(
         assert (scores[:, 0] == exact[:, 0]).all()
 
 
+def test_copies_of_documents_do_not_stand_in_a_graphs_way(tmp_path: Path) -> None:
+    """Half of all are copies of few: linked like others they would fill each other's lists."""
+    vectors = some_vectors(ROWS)
+    vectors[1::2] = np.repeat(vectors[1:21], ROWS // 40, axis=0)
+    segment = write(tmp_path, IndexKind.HNSW, vectors, Metric.COSINE)
+    assert segment.kind is IndexKind.HNSW
+    assert (
+        recall(segment, similarity.prepare(some_vectors(200, seed=2), Metric.COSINE), None, Effort(0.0)) > 0.9
+    )
+    copies = np.flatnonzero((vectors == vectors[1]).all(axis=1))
+    for allowed in (copies, copies[::7], copies[-1:]):
+        mask = np.ones(ROWS, np.bool_)
+        mask[np.setdiff1d(copies, allowed)] = False
+        scores, rows = segment.search(segment.vectors[1:2], 200, allowed=RowSet(mask), exact=False)
+        assert set(allowed.tolist()) <= set(rows[0].tolist())
+        assert (scores[0, : len(allowed)] == scores[0, 0]).all()
+
+
 @pytest.mark.parametrize("dim", [2, 3, 7, 130])
 @pytest.mark.parametrize("kind", [IndexKind.HNSW, IndexKind.IVF])
 def test_any_dimension_has_an_index_or_does_without(tmp_path: Path, kind: IndexKind, dim: int) -> None:
