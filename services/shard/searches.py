@@ -1,6 +1,6 @@
 """Searches of one replica: they wait together, share scans, and run in the search threads.
 
-What arrives in one turn of the event loop is handed over together. A search that is alone and known to be
+What arrives in one turn of the event loop is handed over together. While nobody searches, what is known to be
 short is run by the event loop itself: waking a thread would take longer.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -42,6 +42,9 @@ _NO_ATTRIBUTES: Attributes = {}
 #: Estimated work that a further thread is worth waking for: with less, threads only take the interpreter from
 #: each other and from the event loop. And the most that the event loop does itself.
 _JOB_MS, _LOOP_MS = 4.0, 0.5
+#: Estimated work of several kinds that a thread does before it wakes the event loop, which costs as much as a
+#: short search.
+_TURN_MS = 1.0
 #: A query's estimated work before the first of its kind, and how fast later ones change that.
 _UNKNOWN_MS, _LEARNING = 1.0, 0.1
 #: Kinds of search whose work is remembered.
@@ -75,6 +78,14 @@ class _Search:
     missing: int = 0
     #: Of the batches that its queries were in, the longest.
     searched_s: float = 0.0
+
+
+class _Batch(NamedTuple):
+    """Pieces that were searched together, and the hits of their rows, in order, or why there are none."""
+
+    pieces: Sequence[Piece[_Search]]
+    hits: list[Any]
+    failure: Exception | None = None
 
 
 class Searches:
@@ -176,12 +187,6 @@ class Searches:
         """Give what arrived to as many threads as it is worth, or do it here."""
         arrived = self._arrived[:]
         self._arrived.clear()
-        if len(arrived) == 1 and not self._jobs:
-            [search] = arrived
-            if len(search.queries) * search.query_ms <= _LOOP_MS:
-                if not search.answer.done():
-                    self._deliver(*self._searched([Piece(search, 0, len(search.queries))]))
-                return
         refused: dict[_Search, Exception] = {}
         with self._lock:
             for search in arrived:
@@ -192,6 +197,7 @@ class Searches:
                     self._queued_ms += len(search.queries) * search.query_ms
                 except Overloaded as full:
                     refused[search] = full
+            here = self._take() if not self._jobs and self._queued_ms <= _LOOP_MS else []
             wanted = min(self._most_jobs, -(-self._queued_ms // _JOB_MS))
             while self._jobs < wanted:
                 try:
@@ -201,6 +207,7 @@ class Searches:
                     refused |= dict.fromkeys(self._queue.drain(), closing)
                     break
                 self._jobs += 1
+        self._deliver(self._searched(here))
         for search, error in refused.items():
             self._fail(search, error)
 
@@ -222,14 +229,11 @@ class Searches:
             self._set_alarm(first.at_s, first.left_s())
 
     def _work(self) -> None:
-        """Search one batch in this thread, then go to the back of the line of jobs if more waits."""
+        """Search a share of what waits, then go to the back of the line of jobs if more does."""
         with self._lock:
-            pieces = self._queue.take(self._jobs)
-            self._queued_ms -= sum((piece.stop - piece.start) * piece.item.query_ms for piece in pieces)
-        # Those who are late were told so when it happened, like those who left.
-        pieces = [piece for piece in pieces if not piece.item.answer.done()]
-        if pieces:
-            self._loop.call_soon_threadsafe(self._deliver, *self._searched(pieces))
+            taken = self._take()
+        if searched := self._searched(taken):
+            self._loop.call_soon_threadsafe(self._deliver, searched)
         left: list[_Search] = []
         with self._lock:
             if self._queue.rows:
@@ -246,10 +250,28 @@ class Searches:
         if settled:
             self._loop.call_soon_threadsafe(self._settled.set)
 
-    def _searched(
-        self, pieces: Sequence[Piece[_Search]]
-    ) -> tuple[Sequence[Piece[_Search]], list[Any], Exception | None]:
-        """The pieces, and the hits of their rows or why there are none."""
+    def _take(self) -> list[list[Piece[_Search]]]:
+        """A job's share of what waits, by kind, as far as the first may wait for the others."""
+        jobs, taken_ms = max(1, self._jobs), 0.0
+        share = -(-self._queue.rows // jobs)
+        taken: list[list[Piece[_Search]]] = []
+        while self._queue.rows and share > 0 and taken_ms < _TURN_MS:
+            pieces = self._queue.take(jobs)
+            taken.append(pieces)
+            share -= sum(piece.stop - piece.start for piece in pieces)
+            taken_ms += sum((piece.stop - piece.start) * piece.item.query_ms for piece in pieces)
+        self._queued_ms -= taken_ms
+        return taken
+
+    def _searched(self, taken: Sequence[Sequence[Piece[_Search]]]) -> list[_Batch]:
+        """What came of these, searched here and now, less those who got an answer meanwhile.
+
+        Those who are late were told so when it happened, like those who left.
+        """
+        wanted = ([piece for piece in pieces if not piece.item.answer.done()] for pieces in taken)
+        return [self._batch(pieces) for pieces in wanted if pieces]
+
+    def _batch(self, pieces: Sequence[Piece[_Search]]) -> _Batch:
         searching_s = time.perf_counter()
         # Processor time: what others take meanwhile is no work of these.
         began_s = time.thread_time()
@@ -257,12 +279,12 @@ class Searches:
             hits = self._search(pieces)
         except Exception as error:
             log.exception("a batch of %d searches failed", len(pieces))
-            return pieces, [], error
+            return _Batch(pieces, [], error)
         searched_s = time.perf_counter() - searching_s
         for piece in pieces:
             piece.item.searched_s = max(piece.item.searched_s, searched_s)
         self._learn(pieces[0].item.kind, (time.thread_time() - began_s) * 1e3 / len(hits))
-        return pieces, hits, None
+        return _Batch(pieces, hits)
 
     def _learn(self, kind: Hashable, query_ms: float) -> None:
         """Remember what a query of that kind took; one that was held up counts for no more than twice."""
@@ -301,25 +323,21 @@ class Searches:
             hits += [make(query, search.k, search.include, search.exclude) for query in queries]
         return hits
 
-    def _deliver(
-        self,
-        pieces: Sequence[Piece[_Search]],
-        hits: Sequence[Any],
-        failure: Exception | None,
-    ) -> None:
-        """Hand a batch's hits to its callers; on the event loop."""
-        self.batches += 1
-        first = 0
-        for piece in pieces:
-            search, rows = piece.item, piece.stop - piece.start
-            if failure is not None:
-                self._fail(search, failure)
-                continue
-            search.hits[piece.start : piece.stop] = hits[first : first + rows]
-            first += rows
-            search.missing -= rows
-            if not search.missing and not search.answer.done():
-                search.answer.set_result(search.hits)
+    def _deliver(self, searched: Sequence[_Batch]) -> None:
+        """Hand the hits of batches to their callers; on the event loop."""
+        self.batches += len(searched)
+        for batch in searched:
+            first = 0
+            for piece in batch.pieces:
+                search, rows = piece.item, piece.stop - piece.start
+                if batch.failure is not None:
+                    self._fail(search, batch.failure)
+                    continue
+                search.hits[piece.start : piece.stop] = batch.hits[first : first + rows]
+                first += rows
+                search.missing -= rows
+                if not search.missing and not search.answer.done():
+                    search.answer.set_result(search.hits)
 
     @staticmethod
     def _fail(search: _Search, error: Exception) -> None:
