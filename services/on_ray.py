@@ -13,8 +13,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -116,11 +116,18 @@ class _Resources:
     """What Ray sets aside for a process."""
 
     num_cpus: float
-    num_gpus: float
+    num_gpus: float = 0.0
+    #: Resources of the cluster's own making, by name.
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cpus: float, device: str) -> "_Resources":
         return cls(cpus, 1.0 if device.startswith("cuda") else 0.0)
+
+    @classmethod
+    def of_gateway(cls, settings: ClusterSettings) -> "_Resources":
+        named = {} if settings.gateway_resource is None else {settings.gateway_resource: 1.0}
+        return cls(settings.gateway_cpus, resources=named)
 
 
 class RayLauncher:
@@ -149,7 +156,7 @@ class RayLauncher:
 
     async def start_gateways(self, gateways: Sequence[SiblingSettings]) -> None:
         """See Launcher."""
-        resources = _Resources(self._settings.gateway_cpus, 0.0)
+        resources = _Resources.of_gateway(self._settings)
         self._gateways += await asyncio.to_thread(_started, gateways, resources)
 
     async def stop_gateways(self) -> None:
@@ -190,6 +197,10 @@ class RayLauncher:
                 "include_dashboard": False,
                 # What we ask for has to fit; how much there really is the members find out for themselves.
                 "num_cpus": max(os.cpu_count() or 1, int(wanted) + 2),
+                "resources": {
+                    name: share * settings.gateways
+                    for name, share in _Resources.of_gateway(settings).resources.items()
+                },
                 "object_store_memory": _OBJECT_STORE_BYTES,
                 "_temp_dir": str(self._scratch),
             }
@@ -252,6 +263,7 @@ def _started(members: Sequence[MemberSettings], resources: _Resources) -> list[A
             name=member.name,
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
+            resources=dict(resources.resources),
             max_restarts=-1,
             scheduling_strategy="SPREAD",
         )
