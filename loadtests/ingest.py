@@ -3,12 +3,15 @@
 import asyncio
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import LiteralString
+from typing import LiteralString, NamedTuple
 
+import grpc
 import numpy as np
 import psycopg
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from psycopg.types.json import Jsonb
 
 from loadtests.corpus import ATTRIBUTES, Package
@@ -67,6 +70,13 @@ def _servers(run: Run) -> Iterator[tuple[Service, str]]:
                 runner.run(supervisor.stop())
     finally:
         data_dir.close()
+
+
+class _P99(NamedTuple):
+    """The slowest hundredth of searches, and of empty calls to an idle service."""
+
+    search_ms: float
+    idle_ms: float
 
 
 class _Loads:
@@ -168,7 +178,11 @@ def _vectors(
 def _searched_meanwhile(
     run: Run, client: Client, packages: Sequence[Package], vectors: np.ndarray
 ) -> dict[str, float]:
-    """What one caller's searches take while nothing is written, some ready vectors, and as many as go."""
+    """What one caller's searches take while nothing is written, some ready vectors, and as many as go.
+
+    And what an empty call to another, idle service takes meanwhile: with that the processors alone, which all
+    share, have to do.
+    """
     client.create_collection("searched", attributes=ATTRIBUTES)
     first = (package.document(vector) for package, vector in zip(packages, vectors, strict=True))
     client.upsert("searched", first, batch=_VECTOR_BATCH)
@@ -180,37 +194,50 @@ def _searched_meanwhile(
     def searched() -> float:
         return alone(_SEARCHED_ROUNDS * run.seconds, search).quantile_ms(0.99)
 
-    def searched_while_writing(writer: Writer, most_per_s: float) -> tuple[float, float]:
-        """The searches' p99 in ms, and the documents a second that were written."""
+    def while_writing(writer: Writer, most_per_s: float, measured: Callable[[], _P99]) -> tuple[_P99, float]:
+        """What is measured, and the documents a second that were written meanwhile."""
         writer.start(most_per_s)
         try:
-            p99_ms = searched()
+            p99 = measured()
         finally:
             per_s = writer.stop()
-        return p99_ms, per_s
+        return p99, per_s
 
-    def quiet() -> float:
-        settled(client, "searched")
-        return searched()
+    with (
+        run.start(run.new_data_dir("idle")) as idle,
+        grpc.insecure_channel(idle.grpc) as channel,
+        Writer(client.server, "searched", packages, vectors, batch=_VECTOR_BATCH) as writer,
+    ):
+        check, nothing = HealthStub(channel).Check, HealthCheckRequest()
 
-    try:
-        with Writer(client.server, "searched", packages, vectors, batch=_VECTOR_BATCH) as writer:
-            quiet_ms, paced = take_turns(
-                min(run.rounds, _SEARCHED_TURNS),
-                quiet,
-                lambda: searched_while_writing(writer, _PACED_PER_S),
-                warm_up=False,
-            )
-            flat_out_ms, flat_out_per_s = searched_while_writing(writer, math.inf)
-    finally:
-        client.delete_collection("searched")
+        def both() -> _P99:
+            idle_ms = alone(_SEARCHED_ROUNDS * run.seconds, lambda _: check(nothing, timeout=60))
+            return _P99(searched(), idle_ms.quantile_ms(0.99))
+
+        def quiet() -> _P99:
+            settled(client, "searched")
+            return both()
+
+        quiet_p99, paced = take_turns(
+            min(run.rounds, _SEARCHED_TURNS),
+            quiet,
+            lambda: while_writing(writer, _PACED_PER_S, both),
+            warm_up=False,
+        )
+        flat_out, flat_out_per_s = while_writing(writer, math.inf, both)
+    client.delete_collection("searched")
+    quiet_ms = [p99.search_ms for p99 in quiet_p99]
+    paced_ms = [p99.search_ms for p99, _ in paced]
     return {
         "search_p99_ms_quiet": median(quiet_ms),
-        "search_p99_ms_paced": median(p99_ms for p99_ms, _ in paced),
-        "search_p99_paced_over_quiet": ratio([p99_ms for p99_ms, _ in paced], quiet_ms),
+        "search_p99_ms_paced": median(paced_ms),
+        "search_p99_paced_over_quiet": ratio(paced_ms, quiet_ms),
+        "empty_call_elsewhere_p99_paced_over_quiet": ratio(
+            [p99.idle_ms for p99, _ in paced], [p99.idle_ms for p99 in quiet_p99]
+        ),
         "written_paced_per_s": median(per_s for _, per_s in paced),
-        "search_p99_ms_flat_out": flat_out_ms,
-        "search_p99_flat_out_over_quiet": flat_out_ms / median(quiet_ms),
+        "search_p99_ms_flat_out": flat_out.search_ms,
+        "search_p99_flat_out_over_quiet": flat_out.search_ms / median(quiet_ms),
         "written_flat_out_per_s": flat_out_per_s,
     }
 

@@ -41,7 +41,7 @@ _LEAST_K = 10
 _NO_ATTRIBUTES: Attributes = {}
 #: Estimated work that a further thread is worth waking for: with less, threads only take the interpreter from
 #: each other and from the event loop. And the most that the event loop does itself.
-_JOB_MS, _LOOP_MS = 4.0, 0.5
+_JOB_MS, _LOOP_MS = 4.0, 1.0
 #: Estimated work of several kinds that a thread does before it wakes the event loop, which costs as much as a
 #: short search.
 _TURN_MS = 1.0
