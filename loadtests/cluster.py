@@ -111,10 +111,11 @@ def _while_slots_move(run: Run, service: Service, count: int, told: dict[str, ob
             before = asked.until(_passed(5 * run.seconds))
             during = [
                 stretch
-                for number in range(run.rounds)
+                for _ in range(run.rounds)
                 for stretch in (
                     asked.until(_ended(client, client.add_shard(_MOVED))),
-                    asked.until(_ended(client, client.drain_shard(_MOVED, _SHARDS + number))),
+                    # The new one has the number after the others', each time.
+                    asked.until(_ended(client, client.drain_shard(_MOVED, _SHARDS))),
                 )
             ]
         finally:
