@@ -48,7 +48,7 @@ def local_shards(directory: str, threads: ThreadPoolExecutor) -> LocalShards:
     all_of_it = LogDelta(LOG, 0, DOCUMENTS, rows, vectors(1, DOCUMENTS))
     nothing = LogDelta(LOG, DOCUMENTS, DOCUMENTS, [], np.zeros((0, DIM), np.float32))
 
-    async def tail(after: int, slots: Sequence[int] | None = None) -> LogDelta:
+    async def tail(after: int, slots: Sequence[int] | None = None, rows: int | None = None) -> LogDelta:
         return nothing if after else all_of_it
 
     return LocalShards(

@@ -60,8 +60,8 @@ class MemoryLog:
         stacked = np.stack(vectors) if vectors else np.zeros((0, self.dim), np.float32)
         return LogDelta(self.log_id, after, self.counter, rows, stacked)
 
-    async def tail(self, after: int, slots: Sequence[int] | None = None) -> LogDelta:
-        """The log after a position, at most a page of it; of these slots only, where any are given."""
+    async def tail(self, after: int, slots: Sequence[int] | None = None, rows: int | None = None) -> LogDelta:
+        """The log after a position, at most a page of it; of these slots only, and so many rows."""
         self.reads.append(after)
         await self.open.wait()
         if self.failures:
@@ -74,7 +74,7 @@ class MemoryLog:
             ),
             key=lambda p: p[0].version.seq,
         )
-        page = found[: self.page_rows]
+        page = found[: min(rows or self.page_rows, self.page_rows)]
         upto = self.counter if len(page) == len(found) else page[-1][0].version.seq
         vectors = np.stack([v for _, v in page]) if page else np.zeros((0, self.dim), np.float32)
         return LogDelta(self.log_id, after, upto, [row for row, _ in page], vectors)

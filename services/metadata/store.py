@@ -305,19 +305,19 @@ class Store:
         return delta
 
     def follow(self, collection: Collection, database: str = HOME) -> Callable[..., Awaitable[LogDelta]]:
-        """`tail(after, slots=None)` for one replica, page by page up to the log's end and then on and on.
+        """`tail(after, slots=None, rows=None)` for one replica, page by page to the log's end and on and on.
 
-        Where slots are given, the pages are of those. Who begins with nothing, at 0, is not refused between
-        its pages for deletes forgotten before.
+        Where slots are given, the pages are of those; `rows` is how many a page has at most. Who begins with
+        nothing, at 0, is not refused between its pages for deletes forgotten before.
         """
         #: By which slots are read, and where a page of them ended short of the log's end: where the log stood
         #: when its reader began at 0.
         began: dict[tuple[tuple[int, ...] | None, int], int] = {}
 
-        async def tail(after: int, slots: Sequence[int] | None = None) -> LogDelta:
+        async def tail(after: int, slots: Sequence[int] | None = None, rows: int | None = None) -> LogDelta:
             which = None if slots is None else tuple(slots)
             delta, counter = await self._partition(database).tail(
-                collection, after, TAIL_ROWS, began.get((which, after), 0), slots
+                collection, after, rows or TAIL_ROWS, began.get((which, after), 0), slots
             )
             empty_at = counter if after == 0 else began.pop((which, after), 0)
             if empty_at and delta.upto < counter:

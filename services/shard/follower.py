@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 #: Log rows applied before the event loop gets its turn.
 _SLICE_ROWS = 128
+#: Rows of a page while slots move, and for how many times as long as that took nothing is read then: searches
+#: go on meanwhile, on the same processors, and nobody waits for the move.
+_MOVED_ROWS, _MOVING_REST = 128, 3.0
 #: Frozen memtables in memory, at most: when their files cannot be written, the replica falls behind.
 _FROZEN_MOST = 8
 #: Slowest retry of a log that cannot be read.
@@ -30,9 +33,11 @@ _BACKOFF_MOST_S = 5.0
 
 
 class Tail(Protocol):
-    """Reads a page of the log after a position; of some slots only, where those are given."""
+    """Reads a page of the log after a position: of some slots only, and fewer rows, where those are given."""
 
-    def __call__(self, after: int, slots: Sequence[int] | None = None) -> Awaitable[LogDelta]: ...
+    def __call__(
+        self, after: int, slots: Sequence[int] | None = None, rows: int | None = None
+    ) -> Awaitable[LogDelta]: ...
 
 
 class Follower:
@@ -130,12 +135,14 @@ class Follower:
         begun = self._holdings.changes
         after, ends = 0, False
         self._layout.backfilling(1)
+        page_rows = min(_MOVED_ROWS, self._tail_rows)
         try:
             # To the log's end, and not only up to where it is followed: a document that has moved on is found
             # there, and would be missed until it is.
             while not ends:
+                began_s = time.monotonic()
                 try:
-                    delta = await self._read(after, slots)
+                    delta = await self._read(after, slots, page_rows)
                 except LogPurged:
                     # Of what is read from 0 on, no delete can be missed: see Layout.backfill.
                     after = 0
@@ -154,8 +161,10 @@ class Follower:
                     if not self._holdings.kept(slots, begun):
                         return
                 self._counts["backfilled_rows"] += len(delta.rows)
-                ends = delta.upto - delta.after < self._tail_rows
+                ends = delta.upto - delta.after < page_rows
                 after = delta.upto
+                if not ends:
+                    await asyncio.sleep(_MOVING_REST * (time.monotonic() - began_s))
             self._holdings.complete(slots)
         finally:
             self._layout.backfilling(-1)
@@ -301,14 +310,16 @@ class Follower:
             if not self._missing:
                 log.info("%s has all its documents again", self._name)
 
-    async def _read(self, after: int, slots: Sequence[int] | None) -> LogDelta | None:
+    async def _read(
+        self, after: int, slots: Sequence[int] | None, rows: int | None = None
+    ) -> LogDelta | None:
         """A page of the log, once there is room for it; None, and no more ever, where it was exchanged."""
         while self.down is None and self._files.backlog >= _FROZEN_MOST:
             self._look()
             await asyncio.sleep(self._poll_s)
         if self.down is not None:
             return None
-        delta = await (self._tail(after) if slots is None else self._tail(after, slots))
+        delta = await (self._tail(after) if slots is None else self._tail(after, slots, rows))
         self._read_at_s = time.monotonic()
         self._counts["tail_reads"] += 1
         if delta.log_id != self._log_id or delta.upto < delta.after:

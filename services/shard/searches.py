@@ -45,8 +45,9 @@ _JOB_MS, _LOOP_MS = 4.0, 1.0
 #: Estimated work of several kinds that a thread does before it wakes the event loop, which costs as much as a
 #: short search.
 _TURN_MS = 1.0
-#: A query's estimated work before the first of its kind, and how fast later ones change that.
-_UNKNOWN_MS, _LEARNING = 1.0, 0.1
+#: A query's estimated work before the first of its kind, which is too much for the event loop, and how fast
+#: later ones change that.
+_UNKNOWN_MS, _LEARNING = 1.5, 0.1
 #: Kinds of search whose work is remembered.
 _KINDS_MOST = 1_024
 

@@ -220,8 +220,8 @@ async def test_slots_given_up_amid_a_repair_come_back_as_they_are_written(
         rewritten = {id: RNG.standard_normal(3) for id in ("d1", "d5", "d7")}
         assert again.offer(log.write(rewritten, deletes=deleted))
 
-    async def tail(after: int, slots: Sequence[int] | None = None) -> LogDelta:
-        delta = await original(after, slots)
+    async def tail(after: int, slots: Sequence[int] | None = None, rows: int | None = None) -> LogDelta:
+        delta = await original(after, slots, rows)
         if slots == given:
             await repaired.wait()
         elif after < 16 and not giving:

@@ -118,9 +118,9 @@ async def test_what_is_written_and_deleted_while_slots_are_read_is_as_it_was_wri
     replica = await open_replica(slots=EVEN, tail_rows=4)
     original, number = log.tail, 0
 
-    async def busy(after: int, slots: Any = None) -> Any:
+    async def busy(after: int, slots: Any = None, rows: Any = None) -> Any:
         nonlocal number
-        page = await original(after, slots)
+        page = await original(after, slots, rows)
         if slots is not None and number < 20:
             # Between a page and its arrival documents go, move on, and come anew.
             number += 1
@@ -197,9 +197,9 @@ async def test_slots_given_up_while_they_are_read_and_taken_again_are_read_whole
         upserts = {f"d{i}": np.ones(3) for i in rewritten}
         assert replica.offer(log.write(upserts, deletes=tuple(f"d{i}" for i in deleted)))
 
-    async def tail(after: int, slots: Any = None) -> LogDelta:
+    async def tail(after: int, slots: Any = None, rows: Any = None) -> LogDelta:
         nonlocal reads
-        page = await original(after, slots)
+        page = await original(after, slots, rows)
         if slots != ODD:
             return page
         reads += 1
