@@ -110,6 +110,26 @@ async def test_slots_are_taken_over_unseen_and_given_away(open_replica: Open, lo
     replica.validate_state()
 
 
+async def test_slots_are_moved_in_small_pages(open_replica: Open, log: MemoryLog) -> None:
+    log.page_rows = 4096
+    log.write(documents(900))
+    replica = await open_replica(slots=EVEN, tail_rows=4096, memtable_rows=1000)
+    original, pages = log.tail, list[int]()
+
+    async def counted(after: int, slots: Any = None, rows: Any = None) -> Any:
+        page = await original(after, slots, rows)
+        if slots == ODD:
+            pages.append(len(page.rows))
+        return page
+
+    log.tail = counted  # type: ignore[method-assign]
+    await replica.backfill(ODD)
+    assert sum(pages) == len(of(ODD, log.live))
+    assert max(pages) <= 128
+    await replica.serve(2, ODD)
+    assert await found(replica, 2) == of(ODD, log.live)
+
+
 async def test_what_is_written_and_deleted_while_slots_are_read_is_as_it_was_written(
     open_replica: Open, log: MemoryLog
 ) -> None:

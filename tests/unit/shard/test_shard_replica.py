@@ -463,6 +463,36 @@ async def test_many_callers_share_scans_and_each_gets_its_own_answer(
     assert whole.hits == alone
 
 
+async def test_searches_of_many_kinds_at_once_get_their_own_answers(
+    open_replica: Open, log: MemoryLog, threads: ThreadPoolExecutor
+) -> None:
+    log.write(
+        vectors(*(f"d{i}" for i in range(200))), attributes={f"d{i}": {"rank": i % 10} for i in range(200)}
+    )
+    replica = await open_replica(memtable_rows=80)
+    await sealed(replica)
+    kinds = [(rank, k) for rank in range(10) for k in (5, 40)]
+
+    async def search(rank: int, k: int) -> list[str]:
+        found = await replica.search(
+            np.ones((1, 3), np.float32), k, filter=filters.parse(f"rank = {rank}"), deadline=soon()
+        )
+        return [hit.id for hit in found.hits[0]]
+
+    async def all_of_them() -> list[list[str]]:
+        return await asyncio.gather(*(search(rank, k) for rank, k in kinds))
+
+    alone = [await search(rank, k) for rank, k in kinds]
+    for (rank, k), ids in zip(kinds, alone, strict=True):
+        assert len(ids) == min(k, 20)
+        assert {int(id[1:]) % 10 for id in ids} == {rank}
+    # While threads are free, while they are not, and once all are known to be short.
+    for hold in (False, True, False, True):
+        busy = [threads.submit(time.sleep, 0.05) for _ in range(2)] if hold else []
+        assert await all_of_them() == alone
+        await asyncio.gather(*map(asyncio.wrap_future, busy))
+
+
 async def test_rendered_hits_are_those_of_the_values(open_replica: Open, log: MemoryLog) -> None:
     log.write(vectors(*(f"d{i}" for i in range(40))), attributes={"d3": {"rank": 7}})
     replica = await open_replica(memtable_rows=30)
