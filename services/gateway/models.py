@@ -291,8 +291,8 @@ class Models:
     async def close(self) -> None:
         """Give every model up but the default, which is its maker's."""
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        for held in self._held.values():
-            await held.embedder.close()
+        # At once: on Ray each takes its seconds.
+        await asyncio.gather(*(held.embedder.close() for held in self._held.values()))
         self._held.clear()
 
     def stats(self) -> dict[str, float]:
