@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 #: Log rows applied before the event loop gets its turn.
 _SLICE_ROWS = 128
 #: Rows of a page while slots move, and for how many times as long as that took nothing is read then: searches
-#: go on meanwhile, on the same processors, and nobody waits for the move.
+#: go on meanwhile, on the same processors, and nobody waits for the move. What is written since it began is
+#: run after with whole pages and without a rest, or fast writers would outrun it.
 _MOVED_ROWS, _MOVING_REST = 128, 3.0
 #: Frozen memtables in memory, at most: when their files cannot be written, the replica falls behind.
 _FROZEN_MOST = 8
@@ -132,7 +133,7 @@ class Follower:
         slots = self._holdings.follow(slots)
         if not slots:
             return
-        begun = self._holdings.changes
+        begun, stood_at = self._holdings.changes, self._layout.cursor
         after, ends = 0, False
         self._layout.backfilling(1)
         page_rows = min(_MOVED_ROWS, self._tail_rows)
@@ -163,8 +164,10 @@ class Follower:
                 self._counts["backfilled_rows"] += len(delta.rows)
                 ends = delta.upto - delta.after < page_rows
                 after = delta.upto
-                if not ends:
+                if after < stood_at:
                     await asyncio.sleep(_MOVING_REST * (time.monotonic() - began_s))
+                else:
+                    page_rows = self._tail_rows
             self._holdings.complete(slots)
         finally:
             self._layout.backfilling(-1)

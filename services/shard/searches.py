@@ -261,7 +261,8 @@ class Searches:
             taken.append(pieces)
             share -= sum(piece.stop - piece.start for piece in pieces)
             taken_ms += sum((piece.stop - piece.start) * piece.item.query_ms for piece in pieces)
-        self._queued_ms -= taken_ms
+        # Sums in another order leave crumbs, which a thread would be woken for.
+        self._queued_ms = self._queued_ms - taken_ms if self._queue.rows else 0.0
         return taken
 
     def _searched(self, taken: Sequence[Sequence[Piece[_Search]]]) -> list[_Batch]:

@@ -10,7 +10,6 @@ import secrets
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -62,11 +61,12 @@ class Machines:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )  # fmt: skip
-        until_s = time.monotonic() + _UP_WITHIN_S
-        while b"Ray runtime started" not in told.read_bytes():
+
+        def joined() -> bool:
             assert process.poll() is None, told.read_text()
-            assert time.monotonic() < until_s, told.read_text()
-            time.sleep(0.1)
+            return b"Ray runtime started" in told.read_bytes()
+
+        eventually(joined, _UP_WITHIN_S)
 
     def of(self, pid: int) -> str:
         """The machine that a process runs on."""

@@ -1,6 +1,7 @@
 """Slots a replica follows, has and answers for."""
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -113,21 +114,38 @@ async def test_slots_are_taken_over_unseen_and_given_away(open_replica: Open, lo
 async def test_slots_are_moved_in_small_pages(open_replica: Open, log: MemoryLog) -> None:
     log.page_rows = 4096
     log.write(documents(900))
-    replica = await open_replica(slots=EVEN, tail_rows=4096, memtable_rows=1000)
-    original, pages = log.tail, list[int]()
+    pages: list[int] = []
 
     async def counted(after: int, slots: Any = None, rows: Any = None) -> Any:
-        page = await original(after, slots, rows)
+        page = await log.tail(after, slots, rows)
         if slots == ODD:
             pages.append(len(page.rows))
         return page
 
-    log.tail = counted  # type: ignore[method-assign]
+    replica = await open_replica(slots=EVEN, tail=counted, tail_rows=4096, memtable_rows=1000)
     await replica.backfill(ODD)
     assert sum(pages) == len(of(ODD, log.live))
     assert max(pages) <= 128
     await replica.serve(2, ODD)
     assert await found(replica, 2) == of(ODD, log.live)
+
+
+async def test_slots_are_moved_however_fast_others_write(open_replica: Open, log: MemoryLog) -> None:
+    """At every page more is written than a page of a move holds, and less than a whole one."""
+    log.page_rows = 4096
+    log.write(documents(300))
+    reads = itertools.count()
+
+    async def outrun(after: int, slots: Any = None, rows: Any = None) -> Any:
+        if slots == ODD and (number := next(reads)) < 20:
+            log.write(documents(600, f"new-{number}-"))
+        return await log.tail(after, slots, rows)
+
+    replica = await open_replica(slots=EVEN, tail=outrun, tail_rows=4096, memtable_rows=100_000)
+    await replica.backfill(ODD)
+    assert next(reads) < 20
+    await replica.serve(2, ODD)
+    assert await replica.count(None) == len(of(ODD, log.live))
 
 
 async def test_what_is_written_and_deleted_while_slots_are_read_is_as_it_was_written(
