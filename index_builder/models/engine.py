@@ -51,32 +51,50 @@ class Timed:
 class Engine:
     """One loaded graph; `run` may be called from many threads at once."""
 
-    def __init__(self, open_session: Callable[[Path | None], onnxruntime.InferenceSession]) -> None:
-        """open_session: makes a session, and where a path is given one that times its operators into it."""
+    def __init__(
+        self,
+        open_session: Callable[[Path | None], onnxruntime.InferenceSession],
+        wide: onnxruntime.InferenceSession | None = None,
+    ) -> None:
+        """open_session: makes a session, and where a path is given one that times its operators into it.
+        wide: another of the same graph, with more threads.
+        """
         self._open_session = open_session
         self._session = open_session(None)
-        #: What batches are run by: the session, or another one that is timed.
-        self._runs_on: onnxruntime.InferenceSession | Timed = self._session
+        self._wide = wide or self._session
+        #: What runs all batches while it is there.
+        self._timed: Timed | None = None
 
     @classmethod
     def load(
-        cls, graph: bytes | Path, *, threads: int, device: str = "cpu", precision: str = "fp32"
+        cls,
+        graph: bytes | Path,
+        *,
+        threads: int,
+        threads_alone: int = 0,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> "Engine":
         """Load a graph. `threads` run one batch together; `device` is cpu, cuda or auto.
 
-        `auto` takes a GPU where there is one and `precision` is one that it computes. EngineUnavailable.
+        With more `threads_alone`, so many run a batch that is said to be alone, on a CPU; the graph's weights
+        are held twice then. `auto` takes a GPU where there is one and `precision` is one that it computes.
+        EngineUnavailable.
         """
         chosen = providers(device, precision, onnxruntime.get_available_providers())
 
-        def open_session(trace: Path | None) -> onnxruntime.InferenceSession:
+        def open_session(trace: Path | None, *, wide: bool = False) -> onnxruntime.InferenceSession:
             options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
+            options.intra_op_num_threads = threads_alone if wide else threads
             options.inter_op_num_threads = 1
             # Shapes differ from batch to batch: a plan of memory for each of them would only pile up.
             options.enable_mem_pattern = False
             # Every error is raised; the runtime need not print it as well.
             options.log_severity_level = 4
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            # Who is alone has the CPUs to itself, as long as it runs: waking threads for each operator would
+            # take longer than what they bring.
+            options.add_session_config_entry("session.intra_op.allow_spinning", str(int(wide)))
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             if trace is not None:
                 options.enable_profiling = True
                 options.profile_file_prefix = str(trace)
@@ -87,11 +105,16 @@ class Engine:
             except Exception as error:  # the runtime raises plain Exceptions of its own making
                 raise EngineUnavailable(f"{type(error).__name__}: {error}") from error
 
-        return cls(open_session)
+        widens = threads_alone > threads and chosen[0] == CPU
+        return cls(open_session, open_session(None, wide=True) if widens else None)
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The graph's `vectors`, float32 [n, dim], of its inputs by name."""
-        (vectors,) = self._runs_on.run(["vectors"], dict(inputs))
+    def run(self, inputs: Mapping[str, np.ndarray], *, alone: bool = False) -> np.ndarray:
+        """The graph's `vectors`, float32 [n, dim], of its inputs by name; the same however many threads run.
+
+        alone: no other batch is running, so that this one may have all threads.
+        """
+        runs_on = self._timed or (self._wide if alone else self._session)
+        (vectors,) = runs_on.run(["vectors"], dict(inputs))
         return np.asarray(vectors)
 
     def timed(self, prefix: Path) -> Timed:
@@ -102,8 +125,8 @@ class Engine:
         return Timed(self._open_session(prefix))
 
     def run_on(self, timed: Timed | None) -> None:
-        """From now on batches are run by this one, or by the engine's own session; what runs goes on."""
-        self._runs_on = self._session if timed is None else timed
+        """From now on batches are run by this one, or by the engine's own sessions; what runs goes on."""
+        self._timed = timed
 
     def inputs(self) -> dict[str, tuple[str, list[int | str | None]]]:
         """The graph's inputs by name: element type as the runtime spells it, and shape."""

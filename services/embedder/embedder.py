@@ -36,6 +36,10 @@ COUNTERS = (
 
 log = logging.getLogger(__name__)
 
+#: A batch that nobody else runs or waits beside is still not taken for alone so soon after company: who comes
+#: while all threads run it would wait longer than it gains.
+_COMPANY_BATCHES = 8
+
 _QUEUE, _TOKENIZE, _INFERENCE = stage("queue"), stage("tokenize"), stage("inference")
 
 
@@ -131,6 +135,10 @@ class Embedder:
         self._calls: dict[int, _Call] = {}
         #: Why no call is taken any more.
         self._closed: str | None = None
+        #: Workers that have something in hand; each has, until it first asks for work.
+        self._busy = workers
+        #: Batches since one last had company.
+        self._alone = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"embedder-{i}", daemon=True) for i in range(workers)
         ]
@@ -221,12 +229,13 @@ class Embedder:
                 self._refuse("its queue failed")
 
     def _serve(self) -> None:
-        while (work := self._next()) is not None:
+        while (taken := self._next()) is not None:
+            work, alone = taken
             try:
                 if isinstance(work, Tokenize):
                     self._tokenize(work.rows)
                 else:
-                    self._infer(work.rows)
+                    self._infer(work.rows, alone)
             except Exception as error:  # whatever went wrong, these callers must hear of it
                 log.exception("embedding failed model=%s", self.manifest.model)
                 with self._changed:
@@ -234,9 +243,12 @@ class Embedder:
                     for number in {row.call for row in work.rows}:
                         self._fail(number, EmbedderUnavailable(self.manifest.model, str(error)))
 
-    def _next(self) -> Tokenize | Infer | None:
-        """The next piece of work as soon as there is one; None once the embedder closes."""
+    def _next(self) -> tuple[Tokenize | Infer, bool] | None:
+        """The next piece of work as soon as there is one, and whether it has the CPUs to itself; None once
+        the embedder closes.
+        """
         with self._changed:
+            self._busy -= 1
             while True:
                 work, late, more = self._waiting.take(self._clock())
                 for number in late:
@@ -244,7 +256,12 @@ class Embedder:
                 if more:
                     self._changed.notify()
                 if work is not None:
-                    return work
+                    self._busy += 1
+                    if self._busy > 1 or more:
+                        self._alone = 0
+                    elif isinstance(work, Infer):
+                        self._alone += 1
+                    return work, self._alone > _COMPANY_BATCHES
                 if self._closed:
                     return None
                 self._changed.wait()
@@ -272,14 +289,14 @@ class Embedder:
             self._waiting.tokenized([row for _, row in wanted], [len(ids) for ids in tokens.ids])
             self._counts["tokenize_ms_total"] += (done_s - began_s) * 1000
 
-    def _infer(self, rows: Sequence[Row]) -> None:
+    def _infer(self, rows: Sequence[Row], alone: bool) -> None:
         """Run a batch and hand its vectors to their calls; those that are complete are answered."""
         began_s = self._clock()
         wanted = self._calls_of(rows)
         if not wanted:
             return
         ids, mask = padded([call.ids.pop(row.row) for call, row in wanted])
-        vectors = self._model.encode(ids, mask)
+        vectors = self._model.encode(ids, mask, alone=alone)
         for vector, (call, row) in zip(vectors, wanted, strict=True):
             call.vectors[row.row] = vector
         done_s = self._clock()

@@ -17,14 +17,21 @@ class OnnxModel:
         self.engine = engine
 
     @classmethod
-    def load(cls, manifest: ModelManifest, *, threads: int, device: str = "cpu") -> "OnnxModel":
-        """Load a built model. `threads` run one batch together; `device` is cpu, cuda or auto.
+    def load(
+        cls, manifest: ModelManifest, *, threads: int, threads_alone: int = 0, device: str = "cpu"
+    ) -> "OnnxModel":
+        """Load a built model. `threads` run one batch together, and one that is alone more of them where
+        `threads_alone` is more; `device` is cpu, cuda or auto.
 
         EmbedderUnavailable where the device is not here or the runtime cannot load the model.
         """
         try:
             engine = Engine.load(
-                manifest.directory / GRAPH_FILE, threads=threads, device=device, precision=manifest.precision
+                manifest.directory / GRAPH_FILE,
+                threads=threads,
+                threads_alone=threads_alone,
+                device=device,
+                precision=manifest.precision,
             )
         except EngineUnavailable as error:
             raise EmbedderUnavailable(manifest.model, str(error)) from error
@@ -34,6 +41,9 @@ class OnnxModel:
             raise EmbedderUnavailable(manifest.model, f"{type(error).__name__}: {error}") from error
         return cls(manifest, engine, tokenizer)
 
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Unit vectors float32 [n, dim] of right-padded token ids and their mask, int64 [n, t] each."""
-        return self.engine.run({"input_ids": ids, "attention_mask": mask})
+    def encode(self, ids: np.ndarray, mask: np.ndarray, *, alone: bool = False) -> np.ndarray:
+        """Unit vectors float32 [n, dim] of right-padded token ids and their mask, int64 [n, t] each.
+
+        alone: see `Engine.run`.
+        """
+        return self.engine.run({"input_ids": ids, "attention_mask": mask}, alone=alone)

@@ -52,11 +52,14 @@ class SumModel:
         self.may_run.set()
         #: Texts of each batch, in the order they were begun.
         self.batches: list[list[list[int]]] = []
+        #: Which of them may have all threads.
+        self.alone: list[bool] = []
         self.failure: Exception | None = None
         self.running = 0
 
-    def encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def encode(self, ids: np.ndarray, mask: np.ndarray, *, alone: bool = False) -> np.ndarray:
         self.batches.append([row[real > 0].tolist() for row, real in zip(ids, mask, strict=True)])
+        self.alone.append(alone)
         self.running += 1
         assert self.may_run.wait(SOON_S)
         self.running -= 1
@@ -117,6 +120,30 @@ async def test_vectors_come_in_the_order_of_the_texts(model: SumModel, make: Mak
     assert (answer.vectors.dtype, answer.tokens.dtype) == (np.float32, np.int32)
     assert min(answer.queue_ms, answer.tokenize_ms, answer.inference_ms) >= 0
     assert answer.inference_ms > 0
+
+
+async def test_a_caller_without_company_gets_all_threads_until_another_comes(
+    model: SumModel, make: MakeEmbedder
+) -> None:
+    embedder = make(model, workers=2)
+    async with asyncio.timeout(SOON_S):
+        while not any(model.alone):
+            await embed(embedder, "one at a time")
+    assert len(model.alone) > 1, "nobody could have come yet"
+    first = await held(model, embedder)
+    second = embed(embedder, "beside it")
+    await until(lambda: model.running == 2)
+    model.may_run.set()
+    await asyncio.gather(first, second)
+    await embed(embedder, "so soon after")
+    assert model.alone[-2:] == [False, False]
+
+
+async def test_texts_that_make_several_batches_are_no_lone_text(model: SumModel, make: MakeEmbedder) -> None:
+    embedder = make(model, workers=2, batch_tokens=4)
+    for _ in range(20):
+        await embed(embedder, "a b", "c d")
+    assert not any(model.alone[::2]), "all threads were given to a batch while another waited"
 
 
 async def test_no_texts_are_no_work(model: SumModel, make: MakeEmbedder) -> None:
