@@ -22,7 +22,7 @@ from ringfort.calls.call import Call, M, method_signature
 from ringfort.documents import Document
 from ringfort.errors import Internal, RingfortError, Unavailable, from_rpc
 from ringfort.results import WriteResult
-from ringfort.together import Together
+from ringfort.together import EMBED_TOGETHER, Together
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,9 +48,9 @@ class AsyncClient:
     service is away. Failures are raised as ringfort.RingfortError. `tls` is True for the system's roots,
     or gRPC credentials.
 
-    With `embed_together`, calls of `embed` made in one turn of the event loop that differ in their texts
-    only are sent as one, up to so many texts at a time. While two versions of a model share the traffic,
-    those meet the same one.
+    Calls of `embed` made in one turn of the event loop that differ in their texts only are sent as one, up to
+    `embed_together` short texts at a time; 1 sends each as it is. Each gets what it would get alone, but for
+    the timings, which are the whole call's.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class AsyncClient:
         api_key: str | None = None,
         tls: bool | grpc.ChannelCredentials | None = None,
         timeout_s: float = channels.DEFAULT_TIMEOUT_S,
-        embed_together: int = 1,
+        embed_together: int = EMBED_TOGETHER,
     ) -> None:
         self.server = channels.server_address(server)
         self._timeout_s = timeout_s

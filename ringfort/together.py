@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from protos.ringfort import v1 as pb
-from ringfort.errors import InvalidArgument, ResourceExhausted, RingfortError
+from ringfort.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, RingfortError
+
+#: Texts that a client sends as one, unless it is told otherwise.
+EMBED_TOGETHER = 32
+#: Characters of texts that are sent as one: whoever shares a call waits until the model has read all of it.
+MOST_CHARS = 2_048
+#: Calls are sent apart for so long after some would have met different versions of a model.
+APART_S = 30.0
 
 #: A call, and the seconds it has.
 Send = Callable[[pb.EmbedRequest, float], Awaitable[pb.EmbedResponse]]
@@ -24,8 +31,8 @@ class _Waiting:
 class Together:
     """Sends calls of one turn of the event loop that differ in their texts only as one; for one loop.
 
-    What one of them is refused for is told to that one alone: all are sent again, each by itself. Whoever
-    leaves does not take the others' answers along.
+    A lone call is sent as it is, a turn later. What one of them is refused for is told to that one alone: all
+    are sent again, each by itself. Whoever leaves does not take the others' answers along.
     """
 
     def __init__(self, send: Send, most: int, timeout_s: float) -> None:
@@ -34,21 +41,37 @@ class Together:
         self._waiting: list[_Waiting] = []
         #: Those on their way; the loop itself does not hold them.
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Until when calls are sent apart, on the loop's clock.
+        self._apart_until_s = 0.0
 
     async def send(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """The answer to a call; RingfortError."""
-        if request.images or not 0 < len(request.texts) < self._most:
-            return await self._send(request, self._timeout_s)
         loop = asyncio.get_running_loop()
-        if not self._waiting:
-            loop.call_soon(self._send_all)
-        waiting = _Waiting(request, loop.time() + self._timeout_s, loop.create_future())
-        self._waiting.append(waiting)
-        return await waiting.answer
+        if not self._shares(request) or loop.time() < self._apart_until_s:
+            return await self._send(request, self._timeout_s)
+        mine = _Waiting(request, loop.time() + self._timeout_s, loop.create_future())
+        self._waiting.append(mine)
+        if self._waiting[0] is mine:
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                mine.answer.cancel()
+                raise
+            finally:
+                waiting, self._waiting = self._waiting, []
+                if len(waiting) > 1:
+                    self._send_all(waiting)
+            if len(waiting) == 1:
+                return await self._send(request, self._timeout_s)
+        return await mine.answer
 
-    def _send_all(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for calls in _alike(waiting, self._most):
+    def _shares(self, request: pb.EmbedRequest) -> bool:
+        """Whether a call leaves room for another."""
+        texts = request.texts
+        return not request.images and 0 < len(texts) < self._most and _chars(request) < MOST_CHARS
+
+    def _send_all(self, waiting: Sequence[_Waiting]) -> None:
+        for calls in _alike([call for call in waiting if not call.answer.done()], self._most):
             task = asyncio.create_task(self._send_as_one(calls), name="embed together")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -63,6 +86,7 @@ class Together:
                 return
             together = pb.EmbedRequest()
             together.CopyFrom(calls[0].request)
+            together.together = True
             for call in calls[1:]:
                 together.texts.extend(call.request.texts)
             answers = parts(await self._send(together, left_s), _sizes(calls))
@@ -70,6 +94,8 @@ class Together:
                 _settle(call, answer)
         except RingfortError as error:
             if len(calls) > 1 and _of_one_alone(error):
+                if isinstance(error, FailedPrecondition):
+                    self._apart_until_s = asyncio.get_running_loop().time() + APART_S
                 await asyncio.gather(*(self._send_as_one([call]) for call in calls if not call.answer.done()))
             else:
                 _fail(calls, error)
@@ -102,16 +128,23 @@ def parts(answer: pb.EmbedResponse, sizes: Sequence[int]) -> Iterator[pb.EmbedRe
 
 def _alike(waiting: Sequence[_Waiting], most: int) -> Iterator[list[_Waiting]]:
     """Those that may be sent as one, in the order in which they came."""
-    open_: dict[tuple[object, ...], list[_Waiting]] = {}
+    #: Calls, their texts and characters, that go together so far.
+    open_: dict[tuple[object, ...], tuple[list[_Waiting], int, int]] = {}
     for call in waiting:
         asked = call.request
         key = asked.model, asked.input_type, asked.dimensions, asked.dtype, asked.truncate, asked.traffic_key
-        calls = open_.setdefault(key, [])
-        if sum(_sizes(calls)) + len(asked.texts) > most:
+        size, chars = len(asked.texts), _chars(asked)
+        calls, all_size, all_chars = open_.get(key, ([], 0, 0))
+        if calls and (all_size + size > most or all_chars + chars > MOST_CHARS):
             yield calls
-            calls = open_[key] = []
+            calls, all_size, all_chars = [], 0, 0
         calls.append(call)
-    yield from open_.values()
+        open_[key] = calls, all_size + size, all_chars + chars
+    yield from (calls for calls, _, _ in open_.values())
+
+
+def _chars(request: pb.EmbedRequest) -> int:
+    return sum(map(len, request.texts))
 
 
 def _sizes(calls: Sequence[_Waiting]) -> list[int]:
@@ -119,9 +152,9 @@ def _sizes(calls: Sequence[_Waiting]) -> list[int]:
 
 
 def _of_one_alone(error: RingfortError) -> bool:
-    """Whether it says what is wrong with one call, or that they are too much together."""
+    """Whether it says what is wrong with one call, or that they do not go together."""
     too_much = isinstance(error, ResourceExhausted) and error.retry_after_ms is None
-    return too_much or isinstance(error, InvalidArgument)
+    return too_much or isinstance(error, InvalidArgument | FailedPrecondition)
 
 
 def _end_if_all_left(

@@ -30,7 +30,7 @@ from services.gateway.retrieval import Retrieval
 from services.gateway.served import Served
 from services.gateway.streams import in_order
 from services.metadata.jobs import JobState
-from shard_router.errors import InvalidField, NotFound, NotImplementedHere
+from shard_router.errors import InvalidField, NotFound, NotImplementedHere, PreconditionFailed
 
 NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,127}")
 ATTRIBUTE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -68,10 +68,7 @@ class EmbeddingService:
 
     async def Embed(self, request: pb.EmbedRequest, call: Call) -> pb.EmbedResponse:
         began = time.perf_counter()
-        manifest = self._models.resolve(request.model)
-        if "@" not in request.model:
-            key = request.traffic_key.encode() or _first(request)
-            manifest = self._models.routed(manifest, call.tenant, key, dim=request.dimensions)
+        manifest = self._version(request, call.tenant)
         if request.images:
             return await self._embed_images(request, manifest, call, began)
         wire.check_rows(request.texts, "texts", self._limits.max_batch_rows)
@@ -104,6 +101,22 @@ class EmbeddingService:
                 cache_ms=made.cache_ms,
             ),
         )
+
+    def _version(self, request: pb.EmbedRequest, tenant: str) -> ModelManifest:
+        """The version of a model that a request meets; PreconditionFailed where its callers' would differ."""
+        named = self._models.resolve(request.model)
+        if "@" in request.model:
+            return named
+        key = request.traffic_key.encode() or _first(request)
+        manifest = self._models.routed(named, tenant, key, dim=request.dimensions)
+        if request.together and not request.traffic_key:
+            for text in request.texts[1:]:
+                other = self._models.routed(named, tenant, text.encode(), dim=request.dimensions)
+                if other is not manifest:
+                    raise PreconditionFailed(
+                        f"together: apart these texts meet different versions of model {named.name!r}"
+                    )
+        return manifest
 
     async def _embed_images(
         self, request: pb.EmbedRequest, manifest: ModelManifest, call: Call, began: float

@@ -1,5 +1,6 @@
 """A model is registered whole or not at all, used by name, promoted and rolled back."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from up import Up, lend_model
 from waiting import eventually
 
 from protos.ringfort import v1 as pb
-from ringfort import Client
+from ringfort import AsyncClient, Client
+from ringfort.calls import embedding
 from ringfort.errors import FailedPrecondition, RingfortError
 
 Artifact = Callable[..., Path]
@@ -236,6 +238,33 @@ def another_graph(directory: Path) -> Path:
 
 def set_traffic(rpc: Rpc, name: str, version: str, percent: int) -> pb.Model:
     return rpc.model.SetTraffic(pb.SetTrafficRequest(name=name, version=version, percent=percent))
+
+
+async def test_callers_sent_together_meet_the_versions_they_meet_apart(
+    service: Up, rpc: Rpc, artifact: Artifact, name: str
+) -> None:
+    space = uuid4().hex[:16]
+    register(rpc, artifact("1", space=space))
+    register(rpc, another_graph(artifact("2", space=space)))
+    rpc.model.Promote(pb.PromoteModelRequest(name=name, version="1"))
+    set_traffic(rpc, name, "2", 30)
+    texts = [f"text {i}" for i in range(40)]
+    apart = [rpc.embedding.Embed(pb.EmbedRequest(model=name, texts=[text])).variant for text in texts]
+    assert len(set(apart)) == 2
+
+    async with AsyncClient(service.grpc) as awaited:
+
+        async def met() -> list[str]:
+            calls = (awaited.send(embedding.embed([text], model=name)) for text in texts)
+            return [answer.variant for answer in await asyncio.gather(*calls)]
+
+        assert await met() == apart
+        assert await met() == apart
+    mixed = pb.EmbedRequest(model=name, texts=texts, together=True)
+    refusal = refused(lambda: rpc.embedding.Embed(mixed))
+    assert refusal.code is grpc.StatusCode.FAILED_PRECONDITION
+    mixed.traffic_key = "one"
+    assert len(rpc.embedding.Embed(mixed).rows) == len(texts)
 
 
 def test_a_canary_takes_its_share_and_every_answer_says_so(

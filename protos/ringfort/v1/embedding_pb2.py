@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from protos.ringfort.v1 import common_pb2 as protos_dot_ringfort_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/ringfort/v1/embedding.proto\x12\x0bringfort.v1\x1a\x1fprotos/ringfort/v1/common.proto\"\xc6\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12*\n\ninput_type\x18\x04 \x01(\x0e\x32\x16.ringfort.v1.InputType\x12\x12\n\ndimensions\x18\x05 \x01(\r\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x12.ringfort.v1.DType\x12\x10\n\x08truncate\x18\x07 \x01(\x08\x12\x13\n\x0btraffic_key\x18\x08 \x01(\t\"=\n\x08\x45mbedRow\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"\xb0\x01\n\rEmbedResponse\x12$\n\x07vectors\x18\x01 \x01(\x0b\x32\x13.ringfort.v1.Matrix\x12#\n\x04rows\x18\x02 \x03(\x0b\x32\x15.ringfort.v1.EmbedRow\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05space\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12%\n\x07timings\x18\x06 \x01(\x0b\x32\x14.ringfort.v1.Timings\"L\n\rRerankRequest\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\r\n\x05top_n\x18\x04 \x01(\r\")\n\tRerankHit\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\"m\n\x0eRerankResponse\x12$\n\x04hits\x18\x01 \x03(\x0b\x32\x16.ringfort.v1.RerankHit\x12\x0e\n\x06ranker\x18\x02 \x01(\t\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.ringfort.v1.Timings*$\n\tInputType\x12\t\n\x05QUERY\x10\x00\x12\x0c\n\x08\x44OCUMENT\x10\x01\x32\xdf\x01\n\x10\x45mbeddingService\x12>\n\x05\x45mbed\x12\x19.ringfort.v1.EmbedRequest\x1a\x1a.ringfort.v1.EmbedResponse\x12H\n\x0b\x45mbedStream\x12\x19.ringfort.v1.EmbedRequest\x1a\x1a.ringfort.v1.EmbedResponse(\x01\x30\x01\x12\x41\n\x06Rerank\x12\x1a.ringfort.v1.RerankRequest\x1a\x1b.ringfort.v1.RerankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/ringfort/v1/embedding.proto\x12\x0bringfort.v1\x1a\x1fprotos/ringfort/v1/common.proto\"\xd8\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12*\n\ninput_type\x18\x04 \x01(\x0e\x32\x16.ringfort.v1.InputType\x12\x12\n\ndimensions\x18\x05 \x01(\r\x12!\n\x05\x64type\x18\x06 \x01(\x0e\x32\x12.ringfort.v1.DType\x12\x10\n\x08truncate\x18\x07 \x01(\x08\x12\x13\n\x0btraffic_key\x18\x08 \x01(\t\x12\x10\n\x08together\x18\t \x01(\x08\"=\n\x08\x45mbedRow\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"\xb0\x01\n\rEmbedResponse\x12$\n\x07vectors\x18\x01 \x01(\x0b\x32\x13.ringfort.v1.Matrix\x12#\n\x04rows\x18\x02 \x03(\x0b\x32\x15.ringfort.v1.EmbedRow\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05space\x18\x04 \x01(\t\x12\x0f\n\x07variant\x18\x05 \x01(\t\x12%\n\x07timings\x18\x06 \x01(\x0b\x32\x14.ringfort.v1.Timings\"L\n\rRerankRequest\x12\x0e\n\x06ranker\x18\x01 \x01(\t\x12\r\n\x05query\x18\x02 \x01(\t\x12\r\n\x05texts\x18\x03 \x03(\t\x12\r\n\x05top_n\x18\x04 \x01(\r\")\n\tRerankHit\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05score\x18\x02 \x01(\x02\"m\n\x0eRerankResponse\x12$\n\x04hits\x18\x01 \x03(\x0b\x32\x16.ringfort.v1.RerankHit\x12\x0e\n\x06ranker\x18\x02 \x01(\t\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.ringfort.v1.Timings*$\n\tInputType\x12\t\n\x05QUERY\x10\x00\x12\x0c\n\x08\x44OCUMENT\x10\x01\x32\xdf\x01\n\x10\x45mbeddingService\x12>\n\x05\x45mbed\x12\x19.ringfort.v1.EmbedRequest\x1a\x1a.ringfort.v1.EmbedResponse\x12H\n\x0b\x45mbedStream\x12\x19.ringfort.v1.EmbedRequest\x1a\x1a.ringfort.v1.EmbedResponse(\x01\x30\x01\x12\x41\n\x06Rerank\x12\x1a.ringfort.v1.RerankRequest\x1a\x1b.ringfort.v1.RerankResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.ringfort.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INPUTTYPE']._serialized_start=759
-  _globals['_INPUTTYPE']._serialized_end=795
+  _globals['_INPUTTYPE']._serialized_start=777
+  _globals['_INPUTTYPE']._serialized_end=813
   _globals['_EMBEDREQUEST']._serialized_start=85
-  _globals['_EMBEDREQUEST']._serialized_end=283
-  _globals['_EMBEDROW']._serialized_start=285
-  _globals['_EMBEDROW']._serialized_end=346
-  _globals['_EMBEDRESPONSE']._serialized_start=349
-  _globals['_EMBEDRESPONSE']._serialized_end=525
-  _globals['_RERANKREQUEST']._serialized_start=527
-  _globals['_RERANKREQUEST']._serialized_end=603
-  _globals['_RERANKHIT']._serialized_start=605
-  _globals['_RERANKHIT']._serialized_end=646
-  _globals['_RERANKRESPONSE']._serialized_start=648
-  _globals['_RERANKRESPONSE']._serialized_end=757
-  _globals['_EMBEDDINGSERVICE']._serialized_start=798
-  _globals['_EMBEDDINGSERVICE']._serialized_end=1021
+  _globals['_EMBEDREQUEST']._serialized_end=301
+  _globals['_EMBEDROW']._serialized_start=303
+  _globals['_EMBEDROW']._serialized_end=364
+  _globals['_EMBEDRESPONSE']._serialized_start=367
+  _globals['_EMBEDRESPONSE']._serialized_end=543
+  _globals['_RERANKREQUEST']._serialized_start=545
+  _globals['_RERANKREQUEST']._serialized_end=621
+  _globals['_RERANKHIT']._serialized_start=623
+  _globals['_RERANKHIT']._serialized_end=664
+  _globals['_RERANKRESPONSE']._serialized_start=666
+  _globals['_RERANKRESPONSE']._serialized_end=775
+  _globals['_EMBEDDINGSERVICE']._serialized_start=816
+  _globals['_EMBEDDINGSERVICE']._serialized_end=1039
 # @@protoc_insertion_point(module_scope)

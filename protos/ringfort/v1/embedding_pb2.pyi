@@ -47,6 +47,7 @@ class EmbedRequest(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     TRUNCATE_FIELD_NUMBER: _builtins.int
     TRAFFIC_KEY_FIELD_NUMBER: _builtins.int
+    TOGETHER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """NAME or NAME@VERSION; empty means the default model."""
     input_type: Global___InputType.ValueType
@@ -57,6 +58,10 @@ class EmbedRequest(_message.Message):
     """Cut texts over the byte limit instead of refusing them."""
     traffic_key: _builtins.str
     """What a canary's share is counted by: requests of one key meet the same versions. Empty means the first text."""
+    together: _builtins.bool
+    """The texts are those of several callers. Where they would meet different versions apart, they are refused
+    (FAILED_PRECONDITION) instead of meeting the first one's.
+    """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -72,10 +77,11 @@ class EmbedRequest(_message.Message):
         dtype: _common_pb2.DType.ValueType = ...,
         truncate: _builtins.bool = ...,
         traffic_key: _builtins.str = ...,
+        together: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "dtype", b"dtype", "images", b"images", "input_type", b"input_type", "model", b"model", "texts", b"texts", "traffic_key", b"traffic_key", "truncate", b"truncate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "dtype", b"dtype", "images", b"images", "input_type", b"input_type", "model", b"model", "texts", b"texts", "together", b"together", "traffic_key", b"traffic_key", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

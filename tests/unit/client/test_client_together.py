@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from protos.ringfort import v1 as pb
 from ringfort import AsyncClient
 from ringfort.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, RingfortError, Unavailable
-from ringfort.together import parts
+from ringfort.together import APART_S, parts
 
 EMBED = "EmbeddingService/Embed"
 MOST = 4
@@ -78,11 +78,50 @@ async def test_calls_that_ask_for_something_else_or_for_much_go_alone(fake: Fake
     assert asked["d"].traffic_key == "u"
 
 
-async def test_by_default_each_call_is_sent_as_it_is(fake: FakeService) -> None:
+async def test_by_default_short_texts_go_together_and_may_be_sent_apart(fake: FakeService) -> None:
     fake.answers[EMBED] = answer
     async with AsyncClient(fake.address) as client:
+        await asyncio.gather(*(client.embed(["a"]) for _ in range(40)))
+        await asyncio.gather(*(client.embed(["long " * 100]) for _ in range(5)), client.embed(["x" * 3_000]))
+    assert sorted(sizes(fake)) == [1, 1, 4, 8, 32]
+    assert {len(request.texts) > 1: request.together for request in fake.requests} == {
+        True: True,
+        False: False,
+    }
+    fake.requests.clear()
+    async with AsyncClient(fake.address, embed_together=1) as client:
         await asyncio.gather(*(client.embed(["a"]) for _ in range(5)))
     assert sizes(fake) == [1] * 5
+
+
+async def test_the_first_of_a_turn_may_leave_before_it_is_over(fake: FakeService) -> None:
+    fake.answers[EMBED] = answer
+    async with AsyncClient(fake.address, embed_together=MOST) as client:
+        first, *others = (asyncio.create_task(client.embed([text])) for text in ("a", "bb", "ccc"))
+        asyncio.get_running_loop().call_soon(first.cancel)
+        assert [found.tolist() for found in await asyncio.gather(*others)] == [[[2, 2]], [[3, 3]]]
+        assert first.cancelled()
+    assert sizes(fake) == [2]
+
+
+async def test_callers_who_would_meet_different_versions_are_sent_apart_for_a_while(
+    fake: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.answers[EMBED] = refusing(
+        lambda request: request.together, code=grpc.StatusCode.FAILED_PRECONDITION, message="together: no"
+    )
+    async with AsyncClient(fake.address, embed_together=MOST) as client:
+        for expected in ([3, 1, 1, 1], [1, 1, 1]):
+            fake.requests.clear()
+            found = await asyncio.gather(*(client.embed([text]) for text in ("a", "bb", "ccc")))
+            assert [row.tolist() for (row,) in found] == [[1, 1], [2, 2], [3, 3]]
+            assert sizes(fake) == expected
+        later_s = asyncio.get_running_loop().time() + APART_S
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: later_s, raising=False)
+        fake.answers[EMBED] = answer
+        fake.requests.clear()
+        await asyncio.gather(*(client.embed([text]) for text in ("a", "bb")))
+        assert sizes(fake) == [2]
 
 
 @pytest.mark.parametrize("error", [InvalidArgument, ResourceExhausted])
