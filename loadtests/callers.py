@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from loadtests.timing import Load
 from ringfort import AsyncClient
+from ringfort.together import EMBED_TOGETHER
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class Callers:
     #: For calls measured without the client's own work.
     channel: grpc.aio.Channel
 
-    def __init__(self, server: str, *, embed_together: int = 1) -> None:
+    def __init__(self, server: str, *, embed_together: int = EMBED_TOGETHER) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._server, self._embed_together = server, embed_together
 

@@ -64,7 +64,7 @@ ROWS = (
     Row("embed.vs_best_engine.query", "embed", "over the fastest other INT8 engine", 1, 1.6),
     Row("embed.vs_best_engine.passage", "embed", "the same, passages", 1, 1.6),
     Row("embed.rpc_us_per_text.c64", "embed", "CPU µs a text over the engine's, 64 callers", 300, 120, True),
-    Row("embed.rpc_us_per_text.c64.together", "embed", "the same, calls sent together", 300, 120, True),
+    Row("embed.rpc_us_per_text.c64.apart", "embed", "the same, each call sent by itself", 300, 120, True),
     Row("embed.added_ms.c1", "embed", "Embed p50 less the engine's, ms", 1.0, 0.7, True),
     Row("embed.added_ms.c1.native", "embed", "the same, native server", 0.6, 0.3, True, NO_NATIVE),
     Row("embed.length_aware", "embed", "batches by length, packed, over order of arrival, padded", 3.0, 3.3),
