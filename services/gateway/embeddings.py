@@ -6,6 +6,7 @@ entry is never stale.
 
 import time
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,9 @@ from services.embedder.embedder import Embedded, InputType
 from services.gateway.endpoints import EmbedderEndpoint
 from shard_router.errors import InvalidField
 
-#: A look into Redis costs a tenth of embedding a short text, a write half as much;
-#: for this many texts at once both are next to nothing.
-LEAST_FOUND, MANY_TEXTS = 0.1, 16
+#: A look into Redis costs a tenth of embedding a short text, a write half as much; less than that for texts
+#: by the dozen. So many at once are somebody's bulk, which may have to be sent again.
+LEAST_FOUND, MANY_TEXTS = 0.1, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,8 @@ class Embeddings:
         began = time.perf_counter()
         variant, dim = self.manifest.variant, self.manifest.dim
         names = [keys.embedding_key(variant, input_type.value, dim, True, text) for text in texts]
-        far = len(names) >= MANY_TEXTS or (bool(names) and self._redis.pays(names[0]))
-        known = await self._look_up(names, far=far)
+        far = frozenset(names if len(names) >= MANY_TEXTS else filter(self._redis.pays, names))
+        known = await self._look_up(names, far)
         cache_ms = (time.perf_counter() - began) * 1e3
         missing: dict[bytes, list[int]] = {}
         for i, name in enumerate(names):
@@ -97,7 +98,7 @@ class Embeddings:
                 missing.setdefault(name, []).append(i)
         if not missing:
             return self._merged(names, known, cache_ms)
-        if lease and far and self._cache.shared:
+        if lease and self._cache.shared and far >= missing.keys():
             by_name = {name: texts[rows[0]] for name, rows in missing.items()}
 
             async def leased() -> Vectors:
@@ -109,11 +110,11 @@ class Embeddings:
             return await (self._flights.run(names[0], leased) if len(names) == 1 else leased())
         if len(missing) == len(names):
             made = await self.embedder.embed(texts, input_type, deadline)
-            self._keep(names, made, far=far)
+            self._keep(names, made, far)
             return self._fresh(made, cache_ms)
         wanted = [texts[rows[0]] for rows in missing.values()]
         made = await self.embedder.embed(wanted, input_type, deadline)
-        self._keep(list(missing), made, far=far)
+        self._keep(list(missing), made, far)
         return self._merged(names, known, cache_ms, list(missing.values()), made)
 
     async def _leased(
@@ -131,7 +132,7 @@ class Embeddings:
         async def make(places: Sequence[int]) -> Sequence[EmbeddingEntry | None]:
             mine = [names[place] for place in places]
             embedded = await self.embedder.embed([texts[name] for name in mine], input_type, deadline)
-            self._keep(mine, embedded, far=True)
+            self._keep(mine, embedded, frozenset(mine))
             made.append((places, embedded))
             return [None] * len(mine)
 
@@ -147,23 +148,24 @@ class Embeddings:
         entry = None if value is None else EmbeddingEntry.decode(value)
         return entry if entry is not None and len(entry.vector) == 4 * self.manifest.dim else None
 
-    async def _look_up(self, names: Sequence[bytes], *, far: bool) -> dict[bytes, EmbeddingEntry]:
-        """What the cache knows, by name; Redis is asked only with `far`."""
-        known: dict[bytes, EmbeddingEntry] = {}
-        looked: list[bytes] = []
-        for name, found in zip(names, await self._cache.get_many(names, far=far), strict=True):
-            if found is None or found.tier != "L1":
-                looked.append(name)
-            if found is not None and (entry := self._entry(found.value)) is not None:
-                known[name] = entry
-        if far:
-            self._redis.count(looked, known)
+    async def _look_up(self, names: Sequence[bytes], far: AbstractSet[bytes]) -> dict[bytes, EmbeddingEntry]:
+        """What the cache knows, by name; Redis is asked only for those in `far`."""
+        near = await self._cache.get_many(names, far=False)
+        values = {name: found.value for name, found in zip(names, near, strict=True) if found is not None}
+        looked = far - values.keys()
+        if looked:
+            values.update(await self._cache.look_behind_many(list(looked)))
+        known = {name: entry for name, value in values.items() if (entry := self._entry(value)) is not None}
+        self._redis.count(looked, known)
         return known
 
-    def _keep(self, names: Sequence[bytes], made: Embedded, *, far: bool) -> None:
+    def _keep(self, names: Sequence[bytes], made: Embedded, far: AbstractSet[bytes]) -> None:
+        """Hold what was made, in Redis only those in `far`."""
         rows = zip(names, made.vectors, made.tokens.tolist(), made.truncated.tolist(), strict=True)
         entries = [(name, EmbeddingEntry.of(vector, t, cut).encode()) for name, vector, t, cut in rows]
-        self._cache.put_many(entries, ttl_s=self._ttl_s, far=far)
+        for behind in (True, False):
+            some = [entry for entry in entries if (entry[0] in far) is behind]
+            self._cache.put_many(some, ttl_s=self._ttl_s, far=behind)
 
     def _merged(
         self,
