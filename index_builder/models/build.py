@@ -93,7 +93,7 @@ def _build(target: Path, source_directory: Path, precision: str, progress: Progr
     if precision == "fp32":
         artifact, agreement = exact, gate.agreement(reference, reference)
     else:
-        artifact, agreement = quantized(source, tokenizer, reference)
+        artifact, agreement = quantized(static_int8(source, tokenizer), tokenizer, reference)
     progress("write", 0.9)
     (building / "model.onnx").write_bytes(artifact)
     name, _, version = DEFAULT_MODEL.partition("@")
@@ -130,14 +130,22 @@ def _build(target: Path, source_directory: Path, precision: str, progress: Progr
     return ModelManifest.load(target)
 
 
-def quantized(source: ModelSource, tokenizer: Tokenizer, reference: np.ndarray) -> tuple[bytes, Agreement]:
+def static_int8(source: ModelSource, tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """What makes the model's INT8 graph with weights of so many bits."""
+    ranges = observe(source, tokenizer)
+    return lambda weight_bits: int8_encoder(source, ranges, weight_bits=weight_bits)
+
+
+def quantized(
+    int8: Callable[[int], bytes], tokenizer: Tokenizer, reference: np.ndarray
+) -> tuple[bytes, Agreement]:
     """The INT8 graph that agrees with FP32 on this machine: 8-bit weights, or 7 where 8 overflow.
 
-    `reference` are the FP32 vectors of `gate.TEXTS`. ModelInaccurate where neither does.
+    `int8` makes a graph with weights of so many bits; `reference` are the FP32 vectors of `gate.TEXTS`.
+    ModelInaccurate where neither does.
     """
-    ranges = observe(source, tokenizer)
     for weight_bits in (8, 7):
-        artifact = int8_encoder(source, ranges, weight_bits=weight_bits)
+        artifact = int8(weight_bits)
         agreement = gate.agreement(gate.vectors_of(artifact, tokenizer, gate.TEXTS), reference)
         if agreement.p1 >= gate.LOWEST_P1:
             return artifact, agreement

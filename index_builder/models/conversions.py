@@ -1,10 +1,14 @@
-"""An FP32 graph in fewer bits: half floats for GPUs, 8-bit weights for CPUs. For graphs of any encoder."""
+"""An FP32 graph in fewer bits: half floats for GPUs, bytes for CPUs. For graphs of any encoder."""
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from index_builder.models.codes import to_codes
 from index_builder.models.graph import MICROSOFT
+from index_builder.models.per_token import PerToken
 
 #: Weights that share one scale. Smaller blocks are more accurate, larger ones faster; at 128 the runtime
 #: sums in an order that depends on the batch (worst cosine 0.9993), at 64 it does not.
@@ -34,7 +38,23 @@ def weight_only(graph: bytes) -> bytes:
 
     A constant that has other readers too stays as well. NothingToConvert where no product has one.
     """
+    return _converted(onnx.load_from_string(graph), _product)
+
+
+def int8_per_token(graph: bytes, *, weight_bits: int = 8) -> bytes:
+    """The same with products of bytes, whose range is found for each token; see PerToken."""
     model = onnx.load_from_string(graph)
+    [opset] = [entry.version for entry in model.opset_import if not entry.domain]
+    return _converted(model, PerToken(weight_bits=weight_bits, opset=opset).product)
+
+
+Converted = tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]
+
+
+def _converted(
+    model: onnx.ModelProto, product: Callable[[onnx.NodeProto, str, np.ndarray], Converted]
+) -> bytes:
+    """The model with what `product` makes of its products, and with lookup tables of bytes."""
     opsets = {entry.domain for entry in model.opset_import}
     if MICROSOFT not in opsets:
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
@@ -54,7 +74,7 @@ def weight_only(graph: bytes) -> bytes:
             continue
         weight = numpy_helper.to_array(constant)
         if node.op_type == "MatMul":
-            new, made = _product(node, name, weight)
+            new, made = product(node, name, weight)
             products += 1
         elif len(weight) >= LEAST_TABLE_ROWS:
             new, made = _lookup(node, name, weight)
@@ -83,14 +103,11 @@ def _weight_of(node: onnx.NodeProto) -> str:
     return ""
 
 
-Converted = tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]
-
-
 def _product(node: onnx.NodeProto, name: str, weight: np.ndarray) -> Converted:
     inner, outputs = weight.shape
     padded = np.zeros((outputs, -(-inner // BLOCK) * BLOCK), np.float32)
     padded[:, :inner] = weight.T
-    codes, scales = _codes(padded.reshape(outputs, -1, BLOCK))
+    codes, scales = to_codes(padded.reshape(outputs, -1, BLOCK))
     made = {
         f"{name}.codes": (codes.astype(np.int16) + 128).astype(np.uint8),
         f"{name}.scales": scales.reshape(-1),
@@ -110,7 +127,7 @@ def _product(node: onnx.NodeProto, name: str, weight: np.ndarray) -> Converted:
 
 
 def _lookup(node: onnx.NodeProto, name: str, table: np.ndarray) -> Converted:
-    codes, scales = _codes(table)
+    codes, scales = to_codes(table)
     made = {f"{name}.codes": codes, f"{name}.scales": scales[:, None]}
     ids, output = node.input[1], node.output[0]
     new = [
@@ -120,13 +137,6 @@ def _lookup(node: onnx.NodeProto, name: str, table: np.ndarray) -> Converted:
         helper.make_node("Mul", [f"{output}.floats", f"{output}.scales"], [output]),
     ]
     return new, _constants(made)
-
-
-def _codes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row along the last axis as int8 codes in [-127, 127], and its float32 scale."""
-    peaks = np.maximum(np.abs(rows).max(axis=-1), np.finfo(np.float32).tiny)
-    scales = (peaks / np.float32(127)).astype(np.float32)
-    return np.rint(rows / scales[..., None]).astype(np.int8), scales
 
 
 def _constants(made: dict[str, np.ndarray]) -> dict[str, onnx.TensorProto]:

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from index_builder.models.codes import to_codes
 from index_builder.models.export import encoder
 from index_builder.models.graph import MICROSOFT, GraphWriter
 from index_builder.models.ranges import Range
 from index_builder.models.rescale import Rescaled, rescale
 from index_builder.models.source import ModelSource
-
-#: The largest code of a weight or of a table's value.
-BYTE = 127
 
 
 def int8_encoder(source: ModelSource, ranges: Mapping[str, Range], *, weight_bits: int = 8) -> bytes:
@@ -32,7 +30,7 @@ class Int8Static:
         self._largest = 2 ** (weight_bits - 1) - 1
 
     def rows_of(self, graph: GraphWriter, name: str, table: np.ndarray, ids: str) -> str:
-        codes, scales = _codes(table, BYTE)
+        codes, scales = to_codes(table)
         rows = graph.node("Gather", [graph.constant(name, codes), ids], axis=0)
         scale = graph.node("Gather", [graph.constant(f"{name}.scale", scales), ids], axis=0)
         return graph.node("DequantizeLinear", [rows, scale], axis=0)
@@ -44,7 +42,7 @@ class Int8Static:
     def product(
         self, graph: GraphWriter, site: str, operand: str, weight: np.ndarray, bias: np.ndarray
     ) -> str:
-        codes, scales = _codes(weight, self._largest)
+        codes, scales = to_codes(weight, self._largest)
         size, zero = self._step(graph, site)
         inputs = [
             operand,
@@ -70,10 +68,3 @@ class Int8Static:
             graph.constant(f"{site}.step", np.array(size, np.float32)),
             graph.constant(f"{site}.zero", np.array(zero, np.uint8)),
         )
-
-
-def _codes(rows: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each row as int8 codes in [-largest, largest], and its float32 scale."""
-    peaks = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny)
-    scales = (peaks / np.float32(largest)).astype(np.float32)
-    return np.rint(rows / scales[:, None]).astype(np.int8), scales

@@ -6,14 +6,15 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from index_builder.models import gate
-from index_builder.models.build import RECIPE, ModelInaccurate, Progress, quantized
-from index_builder.models.conversions import NothingToConvert, half, weight_only
+from index_builder.models.build import RECIPE, ModelInaccurate, Progress, quantized, static_int8
+from index_builder.models.conversions import NothingToConvert, half, int8_per_token, weight_only
 from index_builder.models.engine import CUDA, ENGINE, Engine
 from index_builder.models.export import Float32, encoder
 from index_builder.models.manifest import (
@@ -74,8 +75,8 @@ class _Origin:
     max_tokens: int
     prompts: dict[str, str]
     space: str
-    #: The INT8 graph where the route has one; ModelInaccurate where none agrees on this host.
-    int8: Callable[[Tokenizer], bytes] | None
+    #: What makes its INT8 graph with weights of so many bits.
+    int8: Callable[[Tokenizer], Callable[[int], bytes]]
     #: Vectors of its own library, where that is at hand.
     reference: Callable[[Sequence[str]], np.ndarray] | None = None
 
@@ -222,15 +223,22 @@ def _origin(directory: Path) -> _Origin:
         log.info("%s; exporting it by torch", other)
         made = export(directory)
         return _Origin(
-            made.graph, made.tokenizer, made.max_tokens, made.prompts, made.space, None, made.reference
+            made.graph,
+            made.tokenizer,
+            made.max_tokens,
+            made.prompts,
+            made.space,
+            lambda _: lambda weight_bits: int8_per_token(made.graph, weight_bits=weight_bits),
+            made.reference,
         )
-    graph = encoder(source, Float32())
-
-    def int8(tokenizer: Tokenizer) -> bytes:
-        artifact, _ = quantized(source, tokenizer, gate.vectors_of(graph, tokenizer, gate.TEXTS))
-        return artifact
-
-    return _Origin(graph, source.tokenizer, source.max_tokens, dict(source.prompts), source.space, int8)
+    return _Origin(
+        encoder(source, Float32()),
+        source.tokenizer,
+        source.max_tokens,
+        dict(source.prompts),
+        source.space,
+        partial(static_int8, source),
+    )
 
 
 def _require_source_agreement(origin: _Origin, vectors: np.ndarray, texts: Sequence[str]) -> None:
@@ -272,10 +280,8 @@ def _build_precisions(
     for precision in wanted.precisions:
         try:
             if precision == "int8":
-                if origin.int8 is None:
-                    bench.obstacles[precision] = "not built: made for BERT encoders"
-                    continue
-                graph = origin.int8(bench.tokenizer)
+                exact = gate.vectors_of(origin.graph, bench.tokenizer, gate.TEXTS)
+                graph, _ = quantized(origin.int8(bench.tokenizer), bench.tokenizer, exact)
             else:
                 graph = {"fp32": _same, "weight8": weight_only, "fp16": half}[precision](origin.graph)
         except (NothingToConvert, ModelInaccurate) as error:

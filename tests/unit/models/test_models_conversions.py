@@ -1,5 +1,6 @@
 """Graphs in fewer bits compute nearly the same, and graphs with a reduction what it says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from index_builder.models import gate
-from index_builder.models.conversions import BLOCK, NothingToConvert, half, weight_only
+from index_builder.models.conversions import BLOCK, NothingToConvert, half, int8_per_token, weight_only
 from index_builder.models.engine import Engine
 from index_builder.models.export import Float32, encoder
 from index_builder.models.reduction import (
@@ -46,20 +47,59 @@ def test_half_floats_halve_the_graph_and_keep_its_inputs(exact: bytes, tokenizer
     assert half(exact) == converted
 
 
-def test_weights_of_eight_bits_keep_the_vectors_and_do_not_see_the_batch(
-    exact: bytes, tokenizer: Tokenizer
+@pytest.mark.parametrize(
+    ("convert", "product"), [(weight_only, "MatMulNBits"), (int8_per_token, "MatMulIntegerToFloat")]
+)
+def test_eight_bits_keep_the_vectors_and_do_not_see_the_batch(
+    exact: bytes, tokenizer: Tokenizer, convert: Callable[[bytes], bytes], product: str
 ) -> None:
-    converted = weight_only(exact)
+    converted = convert(exact)
     ops = [node.op_type for node in onnx.load_from_string(converted).graph.node]
     before = [node.op_type for node in onnx.load_from_string(exact).graph.node]
     assert ops.count("MatMul") == 1, "the mean of a text's tokens has no weights"
-    assert ops.count("MatMulNBits") == before.count("MatMul") - 1 >= 8
+    assert ops.count(product) == before.count("MatMul") - 1 >= 8
     alone = gate.vectors_of(converted, tokenizer, TEXTS)
     assert 0.995 < gate.agreement(alone, gate.vectors_of(exact, tokenizer, TEXTS)).worst < 1
     ids, mask = padded(tokenizer.encode(TEXTS).ids)
     crowd = Engine.load(converted, threads=1).run({"input_ids": ids, "attention_mask": mask})
     assert gate.agreement(alone, crowd).worst > 0.99999
-    assert weight_only(exact) == converted
+    assert convert(exact) == converted
+
+
+def test_weights_of_seven_bits_stay_within_them(exact: bytes) -> None:
+    constants = onnx.load_from_string(int8_per_token(exact, weight_bits=7)).graph.initializer
+    largest = [
+        int(np.abs(numpy_helper.to_array(each).astype(int)).max())
+        for each in constants
+        if each.name.endswith(".codes") and each.data_type == TensorProto.INT8
+    ]
+    assert set(largest) == {63}
+
+
+def test_what_several_products_read_is_coded_once() -> None:
+    rng = np.random.default_rng(5)
+    weights = {name: rng.normal(size=(24, width)).astype(np.float32) for name, width in (("a", 8), ("b", 16))}
+    nodes = [helper.make_node("MatMul", ["x", name], [f"{name}.out"]) for name in weights]
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Concat", ["a.out", "b.out"], ["vectors"], axis=-1)],
+        "fork",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "t", 24])],
+        [helper.make_tensor_value_info("vectors", TensorProto.FLOAT, ["n", "t", 24])],
+        [numpy_helper.from_array(weight, name) for name, weight in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    converted = int8_per_token(model.SerializeToString())
+    ops = [node.op_type for node in onnx.load_from_string(converted).graph.node]
+    assert (ops.count("QuantizeLinear"), ops.count("MatMulIntegerToFloat")) == (1, 2)
+    # Tokens of very different sizes, of one sign, of one value, and of nothing.
+    x = rng.normal(size=(2, 4, 24)).astype(np.float32)
+    x[0] *= np.float32([[1e-6], [1], [1e3], [1e6]])
+    x[1, 0], x[1, 1], x[1, 2] = np.abs(x[1, 0]) + 50, 7, 0
+    made = Engine.load(converted, threads=1).run({"x": x})
+    wanted = x @ np.concatenate(list(weights.values()), axis=1)
+    errors = np.linalg.norm(made - wanted, axis=-1)
+    assert (errors <= 0.02 * np.linalg.norm(wanted, axis=-1)).all()
+    assert not made[1, 2].any()
 
 
 def _lookup_and_product(rows: int, inner: int) -> tuple[bytes, np.ndarray, np.ndarray]:
@@ -82,9 +122,12 @@ def _lookup_and_product(rows: int, inner: int) -> tuple[bytes, np.ndarray, np.nd
 
 
 @pytest.mark.parametrize(("rows", "inner"), [(2_000, BLOCK), (2_000, BLOCK + 7), (10, 3 * BLOCK)])
-def test_lookup_tables_and_products_of_any_size_are_converted(rows: int, inner: int) -> None:
+@pytest.mark.parametrize("convert", [weight_only, int8_per_token])
+def test_lookup_tables_and_products_of_any_size_are_converted(
+    rows: int, inner: int, convert: Callable[[bytes], bytes]
+) -> None:
     graph, table, weight = _lookup_and_product(rows, inner)
-    converted = weight_only(graph)
+    converted = convert(graph)
     ids = np.array([0, 7, 9], np.int64)
     made = Engine.load(converted, threads=1).run({"input_ids": ids})
     wanted = table[ids] @ weight
