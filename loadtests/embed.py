@@ -8,7 +8,10 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+import grpc
 import numpy as np
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from index_builder.models.source import ModelSource, packaged_model
 from index_builder.models.tokenizer import padded
@@ -29,6 +32,8 @@ _QUERY_TOKENS, _PASSAGE_TOKENS = 10, 128
 #: Mixed lengths are spread evenly over their logarithm: most texts are short, most tokens are of long ones.
 _LEAST_TOKENS, _MOST_TOKENS = 4, 160
 _CALLERS = 64
+#: About as long as one text takes.
+_PAUSE_S = 0.002
 
 
 def measure(run: Run) -> Iterator[Measured]:
@@ -197,18 +202,33 @@ def _added_ms(run: Run, side: str, texts: Iterator[str]) -> Measured:
     engine = Engine(run.manifest(), threads=1)
     ids = engine.tokenize(list(islice(texts, 512)))
     alone_s = run.seconds / 2
-    with Client(run.sides[side].grpc) as client:
+
+    def encode(number: int) -> None:
+        engine.model.encode(*padded([ids[number % len(ids)]]))
+
+    server = run.sides[side].grpc
+    with Client(server) as client, grpc.insecure_channel(server) as channel:
+        check = HealthStub(channel).Check
         ours, engines = take_turns(
             run.rounds,
             lambda: alone(alone_s, lambda _: client.embed([next(texts)])).quantile_ms(0.5),
+            lambda: alone(alone_s, encode).quantile_ms(0.5),
+        )
+        # Engine and transport wait for each other, and what has waited is slower: caches are cold, processors
+        # asleep. This is what both take that the service adds nothing to.
+        paused = repeat(run.rounds, lambda: alone(alone_s, encode, pause_s=_PAUSE_S).quantile_ms(0.5))
+        empty = repeat(
+            run.rounds,
             lambda: alone(
-                alone_s, lambda number: engine.model.encode(*padded([ids[number % len(ids)]]))
+                alone_s, lambda _: check(HealthCheckRequest(), timeout=60), pause_s=_PAUSE_S
             ).quantile_ms(0.5),
         )
     detail = {
         "unit": "p50 ms, one caller, one text of about ten tokens",
         "grpc": median(ours),
         "engine": median(engines),
+        "engine_after_pause": median(paused),
+        "empty_call_after_pause": median(empty),
     }
     return Measured(f"embed.added_ms.c1{side}", excess(ours, engines), detail)
 

@@ -75,11 +75,14 @@ def excess(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return median(a - b for a, b in zip(ours, theirs, strict=True))
 
 
-def alone(seconds: float, call: Callable[[int], object]) -> Load:
-    """One caller that calls again as soon as it is answered; the argument numbers the calls."""
+def alone(seconds: float, call: Callable[[int], object], *, pause_s: float = 0.0) -> Load:
+    """One caller that calls again once answered, or so long after; the argument numbers the calls."""
     latencies_ms: list[float] = []
     first = now = time.perf_counter()
     while now < first + seconds:
+        if pause_s:
+            time.sleep(pause_s)
+            now = time.perf_counter()
         call(len(latencies_ms))
         began, now = now, time.perf_counter()
         latencies_ms.append((now - began) * 1e3)
