@@ -46,8 +46,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 demo: setup  ## from nothing to ranked answers
 	@$(BIN)/ringfort demo
 
-test: setup-dev  ## unit, property, integration and end-to-end tests
-	$(BIN)/python -m pytest
+test: setup-dev  ## unit, property, integration and end-to-end tests, or those in TESTS
+	$(BIN)/python -m pytest $(TESTS)
 
 test-models: .venv-models/.ready  ## agreement with sentence-transformers and torch, in an environment of its own
 	.venv-models/bin/python -m pytest -m models
