@@ -275,10 +275,10 @@ async def _refusal(connection: Connection, collection: Collection, claim: Claim)
     row = await cursor.fetchone()
     if row is None:
         return NotFound("collection", collection.name)
-    held, generation = row
-    if held and generation != collection.generation:
-        return GenerationChanged(collection.name, collection.generation)
-    return _Superseded()
+    # A claim that is held was held all along. Then it was the generation, whatever it is by now: writes may
+    # have been opened again meanwhile.
+    held, _ = row
+    return GenerationChanged(collection.name, collection.generation) if held else _Superseded()
 
 
 async def read_position(connection: Connection, collection: Collection) -> int:

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from services.deadline import Deadline
+from services.metadata import log
+from services.metadata.database import Connection
 from services.metadata.generations import GenerationState
+from services.metadata.ownership import Claim
 from services.metadata.store import Store
 from shard_router.errors import GenerationChanged, PreconditionFailed, StorageUnavailable
 from shard_router.model import HOME, Collection, Commit, LogDelta, Patch, Remove, Upsert, Write
@@ -137,3 +140,21 @@ async def test_one_generation_at_most_is_beside_the_live_one(
     assert (await begun(store, collection)).generation == 3
     await store.delete_collection(collection.tenant, collection.name)
     assert await store.generations.beside([collection]) == []
+
+
+async def test_a_write_that_met_closed_doors_knows_that_its_claim_is_held(
+    store: Store, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await write(store, collection, upsert("a", 1.0))
+    await store.generations.close_writes(collection)
+    refusal = log._refusal
+
+    async def opened_meanwhile(connection: Connection, collection: Collection, claim: Claim) -> Exception:
+        await store.generations.open_writes(collection)
+        return await refusal(connection, collection, claim)
+
+    monkeypatch.setattr(log, "_refusal", opened_meanwhile)
+    commit = await write(store, collection, upsert("b", 1.0))
+    assert isinstance(commit.outcomes[0].error, GenerationChanged)
+    assert store.stats()["superseded_total"] == 0
+    assert (await write(store, collection, upsert("b", 1.0))).upto == 2
