@@ -51,6 +51,7 @@ class Together:
             return await self._send(request, self._timeout_s)
         mine = _Waiting(request, loop.time() + self._timeout_s, loop.create_future())
         self._waiting.append(mine)
+        # The first of a turn waits until the turn is over, and sees to all that came in it.
         if self._waiting[0] is mine:
             try:
                 await asyncio.sleep(0)

@@ -42,7 +42,10 @@ def weight_only(graph: bytes) -> bytes:
 
 
 def int8_per_token(graph: bytes, *, weight_bits: int = 8) -> bytes:
-    """The same with products of bytes, whose range is found for each token; see PerToken."""
+    """The graph in INT8: products of bytes whose range is found for each token, lookup tables by row.
+
+    `weight_bits` as of PerToken; what stays, and NothingToConvert, as of `weight_only`.
+    """
     model = onnx.load_from_string(graph)
     [opset] = [entry.version for entry in model.opset_import if not entry.domain]
     return _converted(model, PerToken(weight_bits=weight_bits, opset=opset).product)

@@ -93,9 +93,7 @@ class PerToken:
         return self._constant("per_token.axis", np.array([1], np.int64))
 
     def _constant(self, name: str, value: Any) -> str:
-        self._constants[name] = numpy_helper.from_array(
-            np.ascontiguousarray(value).reshape(np.shape(value)), name
-        )
+        self._constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def _node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
